@@ -8,6 +8,7 @@ that it gets by itself and says so.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -98,7 +99,65 @@ def python_env(*names: str) -> Path:
 
 # ======================================================================================================
 # TEST
+# Servers, linters, types, tests: all that must be right, in one command.
 # ======================================================================================================
+
+SERVERS = (  # Debian package, a program of it, what the tests do with it
+    ("etcd-server", "etcd", "etcd 3.4, v2 and v3"),
+    ("etcd-client", "etcdctl", "etcd's own client beside ours"),
+    ("nginx", "nginx", "templates/nginx-lb under real traffic"),
+    ("dnsmasq-base", "dnsmasq", "SRV records, odd manners"),
+    ("nsd", "nsd", "SRV records, right manners"),
+    ("s6", "s6-svscan", "the supervision protocol's own tools"),
+    ("execline", "execlineb", "run scripts of s6 images"),
+    ("iproute2", "ip", "networks between test hosts"),
+    ("openssl", "openssl", "certificates for TLS tests"),
+)
+POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts a daemon
+SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+
+
+def install_servers() -> None:
+    """Get the servers that tests run. As root on Debian by apt-get; elsewhere say which tests will be skipped."""
+    missing = [row for row in SERVERS if not shutil.which(row[1], path=SEARCH_PATH)]
+    if not missing:
+        return
+    by_apt = os.geteuid() == 0 and shutil.which("apt-get")
+    say("Debian packages to install:" if by_apt else "not installed, so tests that need them are skipped:")
+    for package, _, purpose in missing:
+        say(f"  {package:14} {purpose}")
+    if not by_apt:
+        return
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    no_daemons = not POLICY.exists()
+    if no_daemons:
+        POLICY.write_text("#!/bin/sh\nexit 101\n")  # 101: action not allowed
+        POLICY.chmod(0o755)
+    try:
+        step("apt-get update", ["apt-get", "update"], env=quiet)
+        step("apt-get install", ["apt-get", "install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300",
+                                 *(row[0] for row in missing)], env=quiet)
+    finally:
+        if no_daemons:
+            POLICY.unlink()
+
+
+def test(arguments: list[str]) -> int:
+    """Everything that must be right: ruff, mypy, pytest. Arguments go to pytest."""
+    python = python_env()
+    install_servers()
+    tools = python.parent
+    checks: dict[str, list[str | Path]] = {
+        "ruff": [tools / "ruff", "check", "."],
+        "mypy": [tools / "mypy", "--strict", "etcdinit.py", "build.py"],
+    }
+    wrong = [name for name, argv in checks.items() if subprocess.run(argv, cwd=ROOT).returncode]
+    if subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT,
+                      env={**os.environ, "PATH": SEARCH_PATH}).returncode:
+        wrong.append("pytest")
+    if wrong:
+        fail(f"{' and '.join(wrong)} found something, see above")
+    return 0
 
 
 # ======================================================================================================
@@ -126,6 +185,7 @@ def show_help(arguments: list[str]) -> int:
 # name: (function of the rest of the command line that returns an exit code, its arguments, what it does)
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "help": (show_help, "", "this list"),
+    "test": (test, "[PYTEST ARGUMENT ...]", "run ruff, mypy and all tests, after getting what they need"),
 }
 
 
