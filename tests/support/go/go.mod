@@ -1,0 +1,3 @@
+module etcdinit/tests/support/go
+
+go 1.24
