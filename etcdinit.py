@@ -680,11 +680,848 @@ def _file_value(value: object) -> str:
 # Go's values in Python, and how Go prints them. Packages fmt and strconv of Go 1.27.
 # ======================================================================================================
 
+# ---- types --------------------------------------------------------------------------------------------
+#
+# nil is None; bool, int, float, complex, str, dict and list stand for bool, int, float64, complex128, string,
+# map[string]interface {} and []interface {}. The classes below are the other types a template can meet.
+# A Go string is bytes: what is not UTF-8 in it is kept as surrogate escapes.
+
+class Invalid:
+    """The type of INVALID, which stands for reflect's invalid value: a missing map key, a dug-out nil."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "INVALID"
+
+
+INVALID = Invalid()
+
+
+class Strings(list[str]):
+    """[]string."""
+
+    __slots__ = ()
+
+
+class Ints(list[int]):
+    """[]int."""
+
+    __slots__ = ()
+
+
+class Int64(int):
+    """int64, as from Time.Unix."""
+
+    __slots__ = ()
+
+
+class Uint8(int):
+    """uint8, as from `index "abc" 1`."""
+
+    __slots__ = ()
+
+
+class Uint16(int):
+    """uint16, as SRV.Port."""
+
+    __slots__ = ()
+
+
+class KVPair:
+    """A key and its value, as the store's get and gets return them."""
+
+    __slots__ = ("Key", "Value")
+
+    def __init__(self, Key: str, Value: str) -> None:
+        self.Key, self.Value = Key, Value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KVPair) and (self.Key, self.Value) == (other.Key, other.Value)
+
+    def __hash__(self) -> int:
+        return hash((self.Key, self.Value))
+
+    def __repr__(self) -> str:
+        return f"KVPair({self.Key!r}, {self.Value!r})"
+
+
+class KVPairs(list[KVPair]):
+    """The pairs that gets returns."""
+
+    __slots__ = ()
+
+
+class SRV:
+    """*net.SRV, as lookupSRV returns it."""
+
+    __slots__ = ("Target", "Port", "Priority", "Weight")
+
+    def __init__(self, Target: str, Port: int, Priority: int, Weight: int) -> None:
+        self.Target, self.Port = Target, Uint16(Port)
+        self.Priority, self.Weight = Uint16(Priority), Uint16(Weight)
+
+
+class SRVs(list[SRV]):
+    """[]*net.SRV."""
+
+    __slots__ = ()
+
+
+class Func:
+    """A function that a template can call.
+
+    params are Go type names, receiver not counted: "string", "int", "bool", "any" (interface {}), "value"
+    (reflect.Value: gets INVALID and None as they are), "[]string", ...; with variadic the last is the type of
+    each further argument. returns is the Go type of the result where it is always the same, else "any".
+    The caller checks and converts arguments; a call that fails raises an exception whose text is Go's message.
+    """
+
+    __slots__ = ("name", "call", "params", "variadic", "returns")
+
+    def __init__(self, name: str, call: Callable[..., Any], params: tuple[str, ...] = (), variadic: bool = False,
+                 returns: str = "any") -> None:
+        self.name, self.call, self.params, self.variadic, self.returns = name, call, params, variadic, returns
+
+
+def _func_type(function: Func) -> str:
+    """Go's text of a function's type."""
+    params = [{"any": "interface {}", "value": "reflect.Value"}.get(param, param) for param in function.params]
+    if function.variadic:
+        params[-1] = "..." + params[-1]
+    return f"func({', '.join(params)}) {'interface {}' if function.returns == 'any' else function.returns}"
+
+
+_STORE = "main"  # the Go package that the store's types seem to come from
+_OPAQUE = "main.Opaque"  # any other Python object: a struct without fields
+_GO_TYPES: dict[type, str] = {
+    type(None): "<nil>", Invalid: "<nil>", bool: "bool", int: "int", float: "float64", complex: "complex128", str: "string",
+    dict: "map[string]interface {}", list: "[]interface {}", Strings: "[]string", Ints: "[]int", Int64: "int64",
+    Uint8: "uint8", Uint16: "uint16", KVPair: f"{_STORE}.KVPair", KVPairs: f"{_STORE}.KVPairs", SRV: "*net.SRV",
+    SRVs: "[]*net.SRV",
+}
+_GO_INTS = {int, Int64, Uint8, Uint16}
+_GO_UNSIGNED = {Uint8, Uint16}
+_GO_SLICES = {list, Strings, Ints, KVPairs, SRVs}
+_GO_POINTERS = {SRV}
+GO_FIELDS: dict[type, tuple[str, ...]] = {KVPair: KVPair.__slots__, SRV: SRV.__slots__}
+_GO_STRING: dict[type, Callable[[Any], str]] = {}  # fmt.Stringer: what %v, %s, %q, %x print of these types
+_GO_SYNTAX: dict[type, Callable[[Any], str]] = {}  # fmt.GoStringer: what %#v prints
+
+
+def _go_class(value: object) -> type:
+    """The class in _GO_TYPES that a value belongs to; object for any that a template cannot look into."""
+    kind = type(value)
+    if kind not in _GO_TYPES:
+        for base in kind.__mro__:
+            if base in _GO_TYPES:
+                return base
+    return kind
+
+
+def go_type(value: object) -> str:
+    """Go's name of a value's type, as %T prints it."""
+    kind = _go_class(value)
+    return _func_type(value) if isinstance(value, Func) else _GO_TYPES.get(kind, _OPAQUE)
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a Go string."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair, which no Go string holds
+        return "".join("�" if "\ud800" <= c <= "\udc7f" or "\udd00" <= c <= "\udfff" else c
+                       for c in text).encode("utf-8", "surrogateescape")
+
+
+def go_string(data: bytes) -> str:
+    """The Go string that has these bytes."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def runes(text: str) -> str:
+    """The string with one character a rune: escaped bytes that have come to form UTF-8 are joined."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return go_string(utf8(text))
+
+
+# ---- strconv: numbers ---------------------------------------------------------------------------------
+
+def _shortest(value: float) -> tuple[str, int]:
+    """The fewest decimal digits that give back a finite value > 0, and where the point stands in them."""
+    mantissa, _, exponent = repr(value).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
+    return digits.rstrip("0") or "0", point
+
+
+def format_float(value: float, verb: str = "g", precision: int | None = None) -> str:
+    """strconv.FormatFloat for float64: verb is one of e E f g G b x X; precision None means as short as exact."""
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "+Inf" if value > 0 else "-Inf"
+    if verb in "xX":
+        return _hex_float(value, verb, precision)
+    if verb == "b":
+        mantissa, exponent = value.hex().lstrip("-")[2:].split("p")
+        sign = "-" if value.hex()[0] == "-" else ""
+        return f"{sign}{int(mantissa.replace('.', ''), 16)}p{max(int(exponent), -1022) - 52:+d}"
+    if precision is not None:
+        return "%.*{}".format(verb) % (max(precision, 1) if verb in "gG" else precision, value)
+    if verb in "gG" and (1e-4 <= abs(value) < 1e6 or value == 0):
+        text = repr(value)
+        return text[:-2] if text.endswith(".0") else text
+    digits, point = _shortest(abs(value))
+    if verb == "f":
+        sign = "-" if value < 0 else ""
+        if point <= 0:
+            return f"{sign}0.{'0' * -point}{digits}"
+        whole, fraction = digits[:point].ljust(point, "0"), digits[point:]
+        return f"{sign}{whole}.{fraction}" if fraction else sign + whole
+    return "%.*{}".format("E" if verb in "EG" else "e") % (len(digits) - 1, value)
+
+
+def _hex_float(value: float, verb: str, precision: int | None) -> str:
+    """Go's %x of a float: 0x1.8p+01, normalized, rounded to even at `precision` hexadecimal digits."""
+    sign, text = ("-", value.hex()[3:]) if value.hex()[0] == "-" else ("", value.hex()[2:])
+    digits, exponent_text = text.split("p")
+    mantissa, exponent = int(digits.replace(".", ""), 16), int(exponent_text)
+    if not mantissa:
+        exponent = 0
+    while mantissa and mantissa < 1 << 52:  # a denormal
+        mantissa, exponent = mantissa << 1, exponent - 1
+    if precision is not None and precision < 13:
+        unit = 1 << 4 * (13 - precision)
+        rest = mantissa % unit
+        mantissa -= rest
+        if 2 * rest > unit or 2 * rest == unit and mantissa & unit:
+            mantissa += unit
+        if mantissa >> 53:
+            mantissa, exponent = mantissa >> 1, exponent + 1
+    fraction = f"{mantissa & (1 << 52) - 1:013x}"
+    fraction = fraction.rstrip("0") if precision is None else fraction[:precision].ljust(precision, "0")
+    text = f"0x{mantissa >> 52}{'.' if fraction else ''}{fraction}p{'-' if exponent < 0 else '+'}{abs(exponent):02d}"
+    return sign + (text.upper() if verb == "X" else text)
+
+
+def float_text(value: float) -> str:
+    """A float64 as %v prints it."""
+    return format_float(value)
+
+
+# ---- strconv: quoted strings --------------------------------------------------------------------------
+
+_ESCAPES = {"\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v", "\\": "\\\\"}
+
+
+def _escape(character: str, mark: str, ascii_only: bool) -> str:
+    """One rune as it stands in a quoted Go string; mark is the quotation mark."""
+    if character == mark:
+        return "\\" + mark
+    code = ord(character)
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if character.isprintable() and (code < 128 or not ascii_only):
+        return character
+    if code < 32 or code == 127:
+        return f"\\x{code:02x}"
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def quote(text: str, ascii_only: bool = False) -> str:
+    """strconv.Quote (%q), or QuoteToASCII (%+q)."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return f'"{text}"'
+    return '"' + "".join(_escape(c, '"', ascii_only) for c in runes(text)) + '"'
+
+
+def _rune(code: int) -> str:
+    """The character with this number, U+FFFD if there is none."""
+    return chr(code) if 0 <= code < 0xD800 or 0xDFFF < code <= 0x10FFFF else "�"
+
+
+def _can_backquote(text: str) -> bool:
+    return all((c >= " " or c == "\t") and c not in "`\x7f\ufeff" and not "\ud800" <= c <= "\udfff" for c in text)
+
+
+def sharp_u(character: str) -> str:
+    """%#U of a character: U+00E9 'é'."""
+    return sprintf("%#U", ord(character))
+
+
+_UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
+_ESCAPE_DIGITS = {"x": 2, "u": 4, "U": 8}
+
+
+def unquote(text: str) -> str:
+    """strconv.Unquote: the value of a Go literal in "double", `back` or 'single' quotes; ValueError if it is none."""
+    bad = ValueError("invalid syntax")
+    mark = text[:1]
+    if len(text) < 2 or mark not in ('"', "'", "`") or text[-1] != mark:
+        raise bad
+    body = text[1:-1]
+    if mark == "`":
+        if "`" in body:
+            raise bad
+        return body.replace("\r", "")
+    if "\n" in body:
+        raise bad
+    if mark == '"' and "\\" not in body:
+        if '"' in body:
+            raise bad
+        return "".join("�" if "\udc80" <= c <= "\udcff" else c for c in runes(body)) if not body.isascii() else body
+    out, at, count = bytearray(), 0, 0
+    body = runes(body)
+    while at < len(body):
+        character, count = body[at], count + 1
+        at += 1
+        if character == mark:
+            raise bad
+        if character != "\\":
+            out += b"\xef\xbf\xbd" if "\udc80" <= character <= "\udcff" else utf8(character)
+            continue
+        escape, at = body[at:at + 1], at + 1
+        if escape in _ESCAPE_DIGITS:
+            digits, base = body[at:at + _ESCAPE_DIGITS[escape]], 16
+            at += _ESCAPE_DIGITS[escape]
+            if len(digits) != _ESCAPE_DIGITS[escape]:
+                raise bad
+        elif escape and escape in "01234567":
+            digits, base, at = body[at - 1:at + 2], 8, at + 2
+            if len(digits) != 3:
+                raise bad
+        elif escape == mark or escape in _UNESCAPES and escape:
+            out += _UNESCAPES.get(escape, escape).encode()
+            continue
+        else:
+            raise bad
+        if digits.strip("01234567" if base == 8 else "0123456789abcdefABCDEF"):
+            raise bad
+        code = int(digits, base)
+        if escape in "uU":
+            if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+                raise bad
+            out += chr(code).encode()
+        elif code > 255:
+            raise bad
+        else:
+            out.append(code)
+    if mark == "'" and count != 1:
+        raise bad
+    return go_string(bytes(out))
+
+
+# ---- fmt ----------------------------------------------------------------------------------------------
+
+_LARGEST = 1_000_000  # fmt takes no greater width or precision
+
+
+class _Printer:
+    """One call of fmt: the flags of the verb at work and what has been written so far."""
+
+    __slots__ = ("out", "sharp", "plus", "minus", "zero", "space", "sharp_v", "plus_v", "width", "precision",
+                 "erroring")
+
+    def __init__(self) -> None:
+        self.out: list[str] = []
+        self.erroring = False  # within %!verb(...), where no String method is called
+        self.clear()
+
+    def clear(self) -> None:
+        self.sharp = self.plus = self.minus = self.zero = self.space = self.sharp_v = self.plus_v = False
+        self.width: int | None = None
+        self.precision: int | None = None
+
+    # -- leaves
+
+    def pad(self, text: str, zero: bool = False) -> None:
+        """Write text at the width asked for; zero: zeros may fill the left."""
+        missing = (self.width or 0) - len(text)
+        if missing <= 0:
+            self.out.append(text)
+        elif self.minus:
+            self.out.append(text + " " * missing)
+        else:
+            self.out.append(("0" if zero and self.zero else " ") * missing + text)
+
+    def text(self, text: str) -> None:
+        if self.width is not None or self.precision is not None:
+            self.pad(runes(text)[:self.precision], zero=True)
+        else:
+            self.out.append(text)
+
+    def boolean(self, value: bool, verb: str) -> None:
+        if verb in "tv":
+            self.pad("true" if value else "false", zero=True)
+        else:
+            self.bad_verb(value, verb)
+
+    def string(self, value: str, verb: str, original: object = None) -> None:
+        if verb == "s" or verb == "v" and not self.sharp_v:
+            self.text(value)
+        elif verb in "vq":
+            text = runes(value)[:self.precision]
+            if self.sharp and _can_backquote(text):
+                self.pad(f"`{text}`", zero=True)
+            else:
+                self.pad(quote(text, self.plus), zero=True)
+        elif verb in "xX":
+            data = utf8(value)[:self.precision]
+            prefix = "0" + verb if self.sharp and data else ""
+            text = prefix + (data.hex(" ") if self.space else data.hex()).replace(" ", " " + prefix)
+            self.pad(text.upper() if verb == "X" else text, zero=True)
+        else:
+            self.bad_verb(value if original is None else original, verb)
+
+    def integer(self, value: int, verb: str, unsigned: bool = False) -> None:
+        if verb in "dv" and not (unsigned and self.sharp_v):
+            digits, prefix = str(abs(int(value))), ""
+        elif verb == "b":
+            digits, prefix = f"{abs(value):b}", "0b" if self.sharp else ""
+        elif verb in "oO":
+            digits, prefix = f"{abs(value):o}", "0o" if verb == "O" else ""
+        elif verb in "xXv":
+            digits = f"{abs(value):X}" if verb == "X" else f"{abs(value):x}"
+            prefix = "0" + verb if self.sharp and verb != "v" else "0x" if verb == "v" else ""
+        elif verb == "c":
+            return self.pad(_rune(value), zero=True)
+        elif verb == "q":
+            return self.pad(f"'{_escape(_rune(value), chr(39), self.plus)}'", zero=True)
+        elif verb == "U":
+            return self.unicode(value)
+        else:
+            return self.bad_verb(value, verb)
+        sign = "-" if value < 0 else "+" if self.plus else " " if self.space else ""
+        if self.precision is not None:
+            if self.precision == 0 and value == 0:
+                return self.pad("")
+            digits = digits.rjust(self.precision, "0")
+        elif self.zero and not self.minus and self.width is not None:
+            digits = digits.rjust(self.width - len(sign), "0")
+        if self.sharp and verb in "oO" and digits[0] != "0":
+            digits = "0" + digits
+        self.pad(sign + prefix + digits)
+
+    def unicode(self, value: int) -> None:
+        code = value & 0xFFFF_FFFF_FFFF_FFFF
+        text = f"{code:X}".rjust(max(self.precision or 0, 4), "0")
+        printable = self.sharp and code <= 0x10FFFF and chr(code).isprintable()
+        self.pad(f"U+{text} '{chr(code)}'" if printable else f"U+{text}")
+
+    def float(self, value: float, verb: str, original: object = None) -> None:
+        if verb not in "vbgGxXfFeE":
+            return self.bad_verb(value if original is None else original, verb)
+        form = {"v": "g", "F": "f"}.get(verb, verb)
+        precision = self.precision if self.precision is not None else 6 if form in "feE" else None
+        text = format_float(value, form, precision)
+        if text[0] not in "+-":
+            text = "+" + text
+        if self.space and text[0] == "+" and not self.plus:
+            text = " " + text[1:]
+        if text[1] in "IN":
+            return self.pad(text if text[1] == "I" or self.plus or self.space else text[1:])
+        if self.sharp and form != "b":
+            text = _with_point(text, form, 6 if precision is None else precision)
+        if not self.plus and text[0] == "+":
+            self.pad(text[1:], zero=True)
+        elif self.zero and not self.minus and self.width is not None and self.width > len(text):
+            self.out.append(text[0] + text[1:].rjust(self.width - 1, "0"))
+        else:
+            self.pad(text, zero=True)
+
+    def complex(self, value: complex, verb: str) -> None:
+        if verb not in "vbgGxXfFeE":
+            return self.bad_verb(value, verb)
+        plus = self.plus
+        self.out.append("(")
+        self.float(value.real, verb)
+        self.plus = True
+        self.float(value.imag, verb)
+        self.out.append("i)")
+        self.plus = plus
+
+    def pointer(self, value: object, verb: str) -> None:
+        address = 0xC000000000 + id(value) % 0x10000000
+        sharp = self.sharp
+        if verb in "vp":
+            if self.sharp_v and verb == "v":
+                self.out.append(f"({go_type(value)})(0x{address:x})")
+                return
+            self.sharp = not sharp
+            self.integer(address, "x")
+            self.sharp = sharp
+        elif verb in "bodxX":
+            self.integer(address, verb, unsigned=True)
+        else:
+            self.bad_verb(value, verb)
+
+    def bad_verb(self, value: object, verb: str) -> None:
+        self.out.append(f"%!{verb}(")
+        if value is None or value is INVALID:
+            self.out.append("<nil>)")
+            return
+        self.erroring = True
+        self.out.append(go_type(value) + "=")
+        self.value(value, "v")
+        self.erroring = False
+        self.out.append(")")
+
+    # -- values
+
+    def argument(self, value: object, verb: str) -> None:
+        """One operand of print, println or printf."""
+        if value is None or value is INVALID:
+            if verb in "Tv":
+                self.pad("<nil>", zero=True)
+            else:
+                self.bad_verb(None, verb)
+        elif verb == "T":
+            self.text(go_type(value))
+        elif verb == "p":
+            if _go_class(value) in (dict, Func) or _go_class(value) in _GO_SLICES | _GO_POINTERS:
+                self.pointer(value, verb)
+            else:
+                self.bad_verb(value, verb)
+        else:
+            self.value(value, verb)
+
+    def leaf(self, value: Any, kind: type, verb: str) -> bool:
+        """Write a value that has no parts; False if it has."""
+        if kind is str:
+            self.string(value, verb)
+        elif kind is bool:
+            self.boolean(value, verb)
+        elif not self.erroring and verb == "w":
+            self.bad_verb(value, verb)
+        elif not self.erroring and not self.sharp_v and kind in _GO_STRING and verb in "vsxXq":
+            self.string(_GO_STRING[kind](value), verb, value)
+        elif not self.erroring and self.sharp_v and kind in _GO_SYNTAX:
+            self.text(_GO_SYNTAX[kind](value))
+        elif kind in _GO_INTS:
+            self.integer(value, verb, kind in _GO_UNSIGNED)
+        elif kind is float:
+            self.float(value, verb)
+        elif kind is complex:
+            self.complex(value, verb)
+        elif kind is Func:
+            self.pointer(value, verb)
+        else:
+            return False
+        return True
+
+    def value(self, value: Any, verb: str) -> None:
+        """A value and its parts. A stack of our own, since templates read JSON that is deeper than Python's."""
+        kind = _go_class(value)
+        if self.leaf(value, kind, verb):
+            return
+        between = ", " if self.sharp_v else " "
+        todo: list[tuple[int, Any]] = [(0, value)]  # depth, and a value or (at depth -1) text to write
+        while todo:
+            depth, value = todo.pop()
+            kind = _go_class(value)
+            if depth < 0:
+                self.out.append(value)
+            elif value is None:
+                self.out.append("interface {}(nil)" if self.sharp_v else "<nil>")
+            elif self.leaf(value, kind, verb):
+                pass
+            elif kind in _GO_POINTERS and depth:
+                self.pointer(value, verb)
+            else:
+                parts: list[tuple[int, Any]] = []
+                if kind is dict:
+                    start, end = (go_type(value) + "{", "}") if self.sharp_v else ("map[", "]")
+                    for key in bytewise(value):
+                        parts += (depth + 1, key), (-1, ":"), (depth + 1, value[key]), (-1, between)
+                elif kind in _GO_SLICES:
+                    start, end = (go_type(value) + "{", "}") if self.sharp_v else ("[", "]")
+                    for part in value:
+                        parts += (depth + 1, part), (-1, between)
+                else:
+                    named, end = self.plus_v or self.sharp_v, "}"
+                    start = "&" * (kind in _GO_POINTERS) + (go_type(value).lstrip("*") if self.sharp_v else "") + "{"
+                    for field in GO_FIELDS.get(kind, ()):
+                        parts += (-1, field + ":" if named else ""), (depth + 1, getattr(value, field)), (-1, between)
+                self.out.append(start)
+                todo.append((-1, end))
+                todo += parts[-2::-1]  # without the separator after the last part
+
+    # -- formats
+
+    def format(self, format: str, arguments: Sequence[object]) -> None:
+        """Write what Go's Printf would."""
+        at, end, used, reordered, good = 0, len(format), 0, False, True
+
+        def number(start: int) -> tuple[int | None, int]:
+            """The number at start, and where it ends; a crazy long one ends the format."""
+            stop = start
+            value: int | None = None
+            while stop < end and format[stop] in "0123456789":
+                if value is not None and value > _LARGEST:
+                    return None, end
+                value, stop = (value or 0) * 10 + int(format[stop]), stop + 1
+            return value, stop
+
+        def argument_number() -> bool:
+            """Take an index like [2] at this place; True if there was one and it could be read."""
+            nonlocal at, used, reordered, good
+            if format[at:at + 1] != "[":
+                return False
+            reordered = True
+            closing = format.find("]", at)
+            if closing < 0 or end - at < 3:
+                good, at = False, at + 1
+                return False
+            digits, at = format[at + 1:closing], closing + 1
+            readable = digits.isascii() and digits.isdigit() and len(digits) < 8
+            if readable and 0 < int(digits) <= len(arguments):
+                used = int(digits) - 1
+            else:
+                good = False
+            return readable
+
+        def star() -> int | None:
+            """The int argument that stands for a `*`."""
+            nonlocal used
+            if used >= len(arguments):
+                return None
+            value: Any = arguments[used]
+            used += 1
+            return int(value) if _go_class(value) in _GO_INTS and abs(value) <= _LARGEST else None
+
+        while at < end:
+            good = True
+            percent = format.find("%", at)
+            if percent < 0:
+                self.out.append(format[at:])
+                break
+            if percent > at:
+                self.out.append(format[at:percent])
+            at = percent + 1
+            self.clear()
+            while at < end and format[at] in "#0+- ":
+                flag, at = format[at], at + 1
+                if flag == "#":
+                    self.sharp = True
+                elif flag == "0":
+                    self.zero = True
+                elif flag == "+":
+                    self.plus = True
+                elif flag == "-":
+                    self.minus = True
+                else:
+                    self.space = True
+            indexed = argument_number()
+            if format[at:at + 1] == "*":
+                at += 1
+                self.width = star()
+                if self.width is None:
+                    self.out.append("%!(BADWIDTH)")
+                elif self.width < 0:
+                    self.width, self.minus, self.zero = -self.width, True, False
+                indexed = False
+            else:
+                self.width, at = number(at)
+                if indexed and self.width is not None:  # %[3]2d
+                    good = False
+            if at + 1 < end and format[at] == ".":
+                at += 1
+                if indexed:  # %[3].2d
+                    good = False
+                indexed = argument_number()
+                if format[at:at + 1] == "*":
+                    at += 1
+                    self.precision = star()
+                    if self.precision is None or self.precision < 0:
+                        self.precision = None
+                        self.out.append("%!(BADPREC)")
+                    indexed = False
+                else:
+                    self.precision, at = number(at)
+                    self.precision = self.precision or 0
+            if not indexed:
+                argument_number()
+            if at >= end:
+                self.out.append("%!(NOVERB)")
+                break
+            verb, at = format[at], at + 1
+            if "\ud800" <= verb <= "\udfff":
+                verb = "�"
+            if verb == "%":
+                self.out.append("%")
+            elif not good:
+                self.out.append(f"%!{verb}(BADINDEX)")
+            elif used >= len(arguments):
+                self.out.append(f"%!{verb}(MISSING)")
+            else:
+                if verb in "vw":
+                    self.sharp_v, self.sharp, self.plus_v, self.plus = self.sharp, False, self.plus, False
+                self.argument(arguments[used], verb)
+                used += 1
+        if not reordered and used < len(arguments):
+            self.clear()
+            self.out.append("%!(EXTRA ")
+            for n, value in enumerate(arguments[used:]):
+                self.out.append(", " if n else "")
+                if value is None or value is INVALID:
+                    self.out.append("<nil>")
+                else:
+                    self.out.append(go_type(value) + "=")
+                    self.argument(value, "v")
+            self.out.append(")")
+
+
+def _with_point(number: str, verb: str, digits: int) -> str:
+    """A signed number in the form that the flag # asks for: with a point and, for g, G and x, its trailing zeros."""
+    if verb not in "gGx":
+        digits = 0
+    at = next((i for i, c in enumerate(number) if c in ("pP" if verb in "xX" else "eE")), len(number))
+    number, tail = number[:at], number[at:]
+    significant = number[1:].replace(".", "").lstrip("0")
+    digits -= len(significant)
+    if "." not in number:
+        if number[1:] == "0":
+            digits -= 1
+        number += "."
+    return number + "0" * digits + tail
+
+
+def sprint(*arguments: object) -> str:
+    """fmt.Sprint: a space only between two operands of which neither is a string."""
+    if len(arguments) == 1 and type(arguments[0]) is str:
+        return arguments[0]
+    printer = _Printer()
+    after_string = True
+    for value in arguments:
+        is_string = isinstance(value, str)
+        if not is_string and not after_string:
+            printer.out.append(" ")
+        printer.argument(value, "v")
+        after_string = is_string
+    return "".join(printer.out)
+
+
+def sprintln(*arguments: object) -> str:
+    """fmt.Sprintln: a space between all operands, a newline at the end."""
+    printer = _Printer()
+    for n, value in enumerate(arguments):
+        if n:
+            printer.out.append(" ")
+        printer.argument(value, "v")
+    printer.out.append("\n")
+    return "".join(printer.out)
+
+
+# Most formats of templates are %s, %d and %v of strings and ints, which Python's % prints alike: such a format
+# is kept as the Python format and the types that it is right for.
+_plans: dict[str, tuple[str, tuple[frozenset[type], ...]] | None] = {}
+_PLAN_TYPES = {"s": frozenset((str,)), "v": frozenset((str, int)), "d": frozenset((int,)), "x": frozenset((int,)),
+               "X": frozenset((int,))}
+
+
+def _plan(format: str) -> tuple[str, tuple[frozenset[type], ...]] | None:
+    """Learn a format. None if it needs fmt whatever the arguments are."""
+    if len(_plans) > 1000:
+        _plans.clear()
+    verbs = []
+    for flags, width, verb in re.findall(r"%([-+ 0]*)([0-9]{0,5})(.?)", format):
+        if verb == "%" and not flags and not width:
+            continue
+        if verb not in _PLAN_TYPES or (flags or width) and verb in "sv":
+            _plans[format] = None
+            return None
+        verbs.append(_PLAN_TYPES[verb])
+    plan = _plans[format] = re.sub("%%|%v", lambda m: "%%" if m[0] == "%%" else "%s", format), tuple(verbs)
+    return plan
+
+
+def sprintf(format: str, *arguments: object) -> str:
+    """fmt.Sprintf."""
+    plan = _plans[format] if format in _plans else _plan(format)
+    if plan is not None and len(plan[1]) == len(arguments):
+        for value, types in zip(arguments, plan[1], strict=True):
+            if type(value) not in types:
+                break
+        else:
+            return plan[0] % arguments
+    printer = _Printer()
+    printer.format(format, arguments)
+    return "".join(printer.out)
+
+
+def print_value(value: object) -> str:
+    """A value as {{value}} prints it: like %v, but <no value> for nil, and a pointer's target."""
+    if type(value) is str:
+        return value
+    if value is None or value is INVALID:
+        return "<no value>"
+    text = sprint(value)
+    return text[1:] if type(value) in _GO_POINTERS else text
+
 
 # ======================================================================================================
 # TEMPLATE: FUNCTIONS
 # What a template can call: Go's builtins, confd's functions and those of its maintained fork, the store's.
 # ======================================================================================================
+
+# Functions take and return the values of the room above; they raise ValueError with Go's message.
+
+# ---- printing and escaping ----------------------------------------------------------------------------
+
+def _printed(arguments: tuple[object, ...]) -> str:
+    """What html, js and urlquery escape: print's text, but <no value> for nil and a pointer's target."""
+    if len(arguments) == 1:
+        return print_value(arguments[0])
+    return sprint(*("<no value>" if a is None or a is INVALID else a for a in arguments))
+
+
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;", "\0": "\ufffd"}
+_JS = {"\\": "\\\\", "'": "\\'", '"': '\\"', "<": "\\u003C", ">": "\\u003E", "&": "\\u0026", "=": "\\u003D"}
+
+
+def _html(*arguments: object) -> str:
+    return "".join(_HTML.get(c, c) for c in _printed(arguments))
+
+
+def _js(*arguments: object) -> str:
+    out = []
+    for c in runes(_printed(arguments)):
+        if c in _JS:
+            out.append(_JS[c])
+        elif c < " " or c > "~" and not c.isprintable() and c != "\x7f":
+            out.append(f"\\u{0xFFFD if chr(0xDC80) <= c <= chr(0xDCFF) else ord(c):04X}")
+        else:
+            out.append(c)
+    return "".join(out)
+
+
+def _urlquery(*arguments: object) -> str:
+    return "".join("+" if b == 32 else chr(b) if chr(b).isalnum() and b < 128 or b in b"-_.~" else f"%{b:02X}"
+                   for b in utf8(_printed(arguments)))
+
+
+# ---- the table ----------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, Func] = {row.name: row for row in (
+    Func("print", sprint, ("any",), True, "string"),
+    Func("printf", sprintf, ("string", "any"), True, "string"),
+    Func("println", sprintln, ("any",), True, "string"),
+    Func("html", _html, ("value",), True, "string"),
+    Func("js", _js, ("value",), True, "string"),
+    Func("urlquery", _urlquery, ("value",), True, "string"),
+)}
 
 
 # ======================================================================================================
