@@ -301,8 +301,711 @@ _SETTING_KINDS: dict[str, Callable[[Any], Any]] = {"text": str, "flag": _boolean
 # ======================================================================================================
 # DNS
 # resolv.conf, message codec, resolver over UDP (EDNS) and TCP, SRV ordering.
-# RFC 1035, 2782, 6891. Does not know what a name is looked up for.
+# RFC 1035, 2181, 2308, 2782, 6891. Does not know what a name is looked up for.
+#
+# A resolver of its own, because musl's cannot ask for SRV, and older ones lose truncated answers. Doors:
+# resolve_srv, resolve_address, host_addresses. Names are text without the last dot; the root is ".".
 # ======================================================================================================
+
+DNS_PORT = 53
+DNS_MAX_SERVERS = 3  # more are ignored, as every libc does
+DNS_TIMEOUT = 2.0  # seconds for one server, where resolv.conf says nothing; libc's 5 outlasts most callers
+DNS_ATTEMPTS = 2  # rounds through the servers
+DNS_PATIENCE = 10.0  # seconds for a whole lookup when the caller names no deadline
+DNS_EDNS_SIZE = 1232  # the largest answer that fits one datagram on every path (DNS flag day 2020)
+DNS_MAX_ALIASES = 16  # CNAMEs in a row
+DNS_MAX_TTL = 604800  # a week; RFC 2181 lets a resolver cap what it is told
+DNS_MAX_STRANGE = 100  # datagrams that answer something else, before a server is left
+DNS_SILENCE = 60.0  # seconds for which a server that was silent is asked last
+
+DNS_A, DNS_CNAME, DNS_SOA, DNS_AAAA, DNS_SRV, _DNS_OPT = 1, 5, 6, 28, 33, 41
+DNS_TYPE_NAMES = {DNS_A: "A", DNS_CNAME: "CNAME", DNS_SOA: "SOA", DNS_AAAA: "AAAA", DNS_SRV: "SRV"}
+DNS_IN = 1
+
+_DNS_RESPONSE, _DNS_OPCODE, _DNS_AUTHORITATIVE, _DNS_TRUNCATED = 0x8000, 0x7800, 0x0400, 0x0200
+_DNS_RECURSE, _DNS_RECURSES = 0x0100, 0x0080
+_DNS_OK, _DNS_FORMERR, _DNS_NXDOMAIN, _DNS_NOTIMP, _DNS_REFUSED, _DNS_BADVERS = 0, 1, 3, 4, 5, 16
+_DNS_RCODE_NAMES = {0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED", 16: "BADVERS"}
+
+
+class DnsError(Error):
+    """A lookup that gave nothing. The message names the question, the servers asked, and the remedy.
+
+    question: as in "SRV _etcd-client._tcp.example.org". servers: addresses asked. ttl: seconds for which the
+    "no" may be remembered (RFC 2308), 0 if the server named none. temporary: whether asking again may help soon.
+    """
+
+    temporary = True
+
+    def __init__(self, message: str, question: str = "", servers: Sequence[str] = (), ttl: int = 0) -> None:
+        super().__init__(message)
+        self.question, self.servers, self.ttl = question, tuple(servers), ttl
+
+
+class DnsNxdomain(DnsError):
+    """The name does not exist. At boot that can mean: not yet."""
+
+    temporary = False
+
+
+class DnsNodata(DnsError):
+    """The name exists and has no record of the type."""
+
+    temporary = False
+
+
+class DnsNotOffered(DnsNodata):
+    """The SRV record has the target ".": the service is decidedly not available (RFC 2782)."""
+
+
+class DnsLoop(DnsError):
+    """CNAMEs lead in a circle, or through too many names."""
+
+    temporary = False
+
+
+class DnsBadName(DnsError):
+    """The text cannot be a DNS name."""
+
+    temporary = False
+
+
+class DnsTimeout(DnsError):
+    """No server answered in time."""
+
+
+class DnsRefused(DnsError):
+    """The servers answer REFUSED."""
+
+
+class DnsServfail(DnsError):
+    """The servers answer SERVFAIL or other nonsense, or cannot be reached."""
+
+
+_DNS_REMEDIES = {
+    DnsTimeout: "check that {source} names the right servers and that UDP and TCP to their port pass",
+    DnsRefused: "the server does not serve this zone or this client; check the nameserver lines of {source}",
+    DnsServfail: "check that the servers in {source} work and can reach the zone",
+}
+
+
+# ---- messages (no sockets here) -----------------------------------------------------------------------
+
+class DnsRecord:
+    """A resource record: owner name, type, ttl in seconds, and data by type.
+
+    A and AAAA: address text; CNAME: name; SRV: (priority, weight, port, target); SOA: its "minimum", seconds.
+    """
+
+    __slots__ = ("name", "type", "ttl", "data")
+
+    def __init__(self, name: str, type: int, ttl: int, data: Any) -> None:
+        self.name, self.type, self.ttl, self.data = name, type, ttl, data
+
+
+class DnsMessage:
+    """A decoded message: id, flags, rcode, question (name, type, class) or None, and three lists of DnsRecord.
+
+    server is who sent it, once that is known.
+    """
+
+    __slots__ = ("id", "flags", "rcode", "question", "answers", "authority", "additional", "server")
+
+    def __init__(self, id: int, flags: int, question: tuple[str, int, int] | None) -> None:
+        self.id, self.flags, self.rcode, self.question = id, flags, flags & 0xF, question
+        self.answers: list[DnsRecord] = []
+        self.authority: list[DnsRecord] = []
+        self.additional: list[DnsRecord] = []
+        self.server = ""
+
+    def answers_to(self, id: int, name: str, type: int) -> bool:
+        """Whether this is the answer to that query. A bare refusal may lack the question."""
+        if self.id != id or self.flags & (_DNS_RESPONSE | _DNS_OPCODE) != _DNS_RESPONSE:
+            return False
+        if self.question is None:
+            return self.rcode not in (_DNS_OK, _DNS_NXDOMAIN)
+        return self.question == (name.lower(), type, DNS_IN)
+
+
+_DNS_PLAIN = bytes(c for c in range(33, 127) if c not in b".\\")  # what a label shows unescaped
+
+
+def encode_dns_name(name: str) -> bytes:
+    """A name in wire form, uncompressed (RFC 1035, 3.1). DnsBadName if it cannot be one."""
+    wire = bytearray()
+    for label in name.removesuffix(".").split(".") if name != "." else ():
+        octets = label.encode("utf-8", "replace")
+        if not 0 < len(octets) < 64 or octets.translate(None, _DNS_PLAIN):
+            raise DnsBadName(f'cannot look up "{name}": not a DNS name (1 to 63 ASCII characters between two dots; '
+                             "an international name needs its xn-- form)", name)
+        wire.append(len(octets))
+        wire += octets
+    if len(wire) > 254:
+        raise DnsBadName(f'cannot look up "{name}": longer than the 253 characters of a DNS name', name)
+    return bytes(wire) + b"\0"
+
+
+def encode_dns_query(id: int, name: str, type: int, edns: bool = True) -> bytes:
+    """A query for one name and type, recursion desired; with edns, an OPT record that allows 1232 bytes."""
+    query = struct.pack("!HHHHHH", id, _DNS_RECURSE, 1, 0, 0, int(edns)) + encode_dns_name(name)
+    query += struct.pack("!HH", type, DNS_IN)
+    return query + struct.pack("!BHHIH", 0, _DNS_OPT, DNS_EDNS_SIZE, 0, 0) if edns else query
+
+
+def _read_dns_name(data: bytes, at: int, names: dict[int, tuple[list[str], int]]) -> tuple[str, int]:
+    """The name at an offset, and the offset behind it.
+
+    names: labels and length of what earlier pointers led to, so that nothing is read twice.
+    """
+    labels: list[str] = []
+    jumps: list[tuple[int, int, int]] = []  # offset jumped to; labels and length before
+    behind, floor, length = 0, at, 1
+    while size := data[at]:
+        if size < 64:
+            label = data[at + 1:at + 1 + size]
+            if len(label) < size:
+                raise ValueError("ends inside a name")
+            labels.append(label.decode() if not label.translate(None, _DNS_PLAIN) else
+                          "".join(chr(c) if c in _DNS_PLAIN else f"\\{c:03d}" for c in label))
+            length += size + 1
+            at += size + 1
+        elif size >= 192:
+            behind = behind or at + 2
+            at = (size & 0x3F) << 8 | data[at + 1]
+            if not 12 <= at < floor:  # strictly backwards, so that no pointer comes round again
+                raise ValueError("a compression pointer does not lead back")
+            floor = at
+            if at in names:
+                suffix, more = names[at]
+                labels += suffix
+                length += more
+                break
+            jumps.append((at, len(labels), length))
+        else:
+            raise ValueError("a label of unknown kind")
+        if length > 255 or len(jumps) > 127:
+            raise ValueError("a name longer than 255 bytes")
+    if length > 255:
+        raise ValueError("a name longer than 255 bytes")
+    for target, count, before in jumps:
+        names[target] = labels[count:], length - before
+    return ".".join(labels) or ".", behind or at + 1
+
+
+def _read_dns_data(data: bytes, type: int, at: int, end: int, names: dict[int, tuple[list[str], int]]) -> Any:
+    """The data of a record that lies between two offsets."""
+    if type == DNS_A or type == DNS_AAAA:
+        return socket.inet_ntop(socket.AF_INET if type == DNS_A else socket.AF_INET6, data[at:end])
+    if type == DNS_SOA:
+        at = _read_dns_name(data, _read_dns_name(data, at, names)[1], names)[1]  # primary server, mailbox
+        value, at = struct.unpack_from("!IIIII", data, at)[4], at + 20
+    elif type == DNS_SRV:
+        target, behind = _read_dns_name(data, at + 6, names)
+        value, at = (*struct.unpack_from("!HHH", data, at), target), behind
+    else:
+        value, at = _read_dns_name(data, at, names)
+    if at != end:
+        raise ValueError("a record's data do not fill its length")
+    return value
+
+
+def decode_dns_message(data: bytes, head: bool = False) -> DnsMessage:
+    """A message from its wire form; ValueError for anything malformed. Linear in the size of the message.
+
+    Records of other types and classes are left out. With head, and for a truncated message, only header and
+    question are read: part of an answer is worse than none.
+    """
+    try:
+        id, flags, questions, *counts = struct.unpack_from("!HHHHHH", data)
+        if questions > 1:
+            raise ValueError("more than one question")
+        names: dict[int, tuple[list[str], int]] = {}
+        at, question = 12, None
+        if questions:
+            name, at = _read_dns_name(data, at, names)
+            type, group = struct.unpack_from("!HH", data, at)
+            at, question = at + 4, (name.lower(), type, group)
+        message = DnsMessage(id, flags, question)
+        if head or flags & _DNS_TRUNCATED:
+            return message
+        if sum(counts) * 11 > len(data):  # a record takes 11 bytes at least
+            raise ValueError("more records than bytes")
+        for section, count in zip((message.answers, message.authority, message.additional), counts):
+            for _ in range(count):
+                name, at = _read_dns_name(data, at, names)
+                type, group, ttl, size = struct.unpack_from("!HHIH", data, at)
+                at += 10
+                if at + size > len(data):
+                    raise ValueError("ends inside a record")
+                if type == _DNS_OPT:
+                    message.rcode |= ttl >> 24 << 4  # the upper bits of an extended rcode (RFC 6891)
+                elif type in DNS_TYPE_NAMES and group == DNS_IN:
+                    ttl = min(ttl, DNS_MAX_TTL) if ttl < 1 << 31 else 0
+                    section.append(DnsRecord(name, type, ttl, _read_dns_data(data, type, at, at + size, names)))
+                at += size
+        return message
+    except (IndexError, struct.error):
+        raise ValueError("ends in the middle") from None
+
+
+# ---- resolv.conf and hosts ----------------------------------------------------------------------------
+
+class DnsConfig:
+    """Whom to ask and how: what resolv.conf(5), RES_OPTIONS, LOCALDOMAIN and hosts(5) say.
+
+    servers: (address, port) pairs; search: suffixes; timeout in seconds; hosts: name to addresses.
+    """
+
+    __slots__ = ("source", "servers", "search", "ndots", "timeout", "attempts", "rotate", "hosts")
+
+    def __init__(self, source: str = "/etc/resolv.conf") -> None:
+        self.source = source
+        self.servers: list[tuple[str, int]] = []
+        self.search: list[str] = []
+        self.ndots, self.timeout, self.attempts, self.rotate = 1, DNS_TIMEOUT, DNS_ATTEMPTS, False
+        self.hosts: dict[str, list[str]] = {}
+
+
+_DNS_OPTIONS = {"ndots": (0, 15), "timeout": (1, 30), "attempts": (1, 5)}  # name: (lowest, highest), as in glibc
+
+
+def parse_resolv_conf(text: str, environ: Mapping[str, str] = {}, source: str = "/etc/resolv.conf") -> DnsConfig:
+    """A DnsConfig from the text of a resolv.conf; LOCALDOMAIN and RES_OPTIONS in environ override it.
+
+    A nameserver may carry a port, as in [10.0.0.1]:5353. Without a usable one it is 127.0.0.1, as in libc.
+    """
+    config, options = DnsConfig(source), []
+    for line in text.splitlines():
+        word, *rest = line.split() or [""]
+        if word == "nameserver" and rest and len(config.servers) < DNS_MAX_SERVERS:
+            address, _, port = rest[0].removeprefix("[").partition("]:")
+            try:
+                _socket_address(address, 0)
+                config.servers.append((address, int(port or DNS_PORT)))
+            except (OSError, ValueError):
+                log.warning(f"ignoring nameserver {rest[0]}: not an address", file=source)
+        elif word in ("search", "domain") and rest:
+            config.search = rest if word == "search" else rest[:1]  # the last line of either kind wins
+        elif word == "options":
+            options += rest
+    config.search = environ.get("LOCALDOMAIN", "").split() or config.search
+    config.search = [name for suffix in config.search if (name := suffix.strip(".").lower())]
+    for option in options + environ.get("RES_OPTIONS", "").split():
+        name, _, number = option.partition(":")
+        if name in _DNS_OPTIONS and number.isascii() and number.isdigit():
+            low, high = _DNS_OPTIONS[name]
+            setattr(config, name, min(max(int(number[:9]), low), high))
+        elif name == "rotate":
+            config.rotate = True
+    config.servers = config.servers or [("127.0.0.1", DNS_PORT)]
+    return config
+
+
+def parse_hosts(text: str) -> dict[str, list[str]]:
+    """The addresses of each name in the text of a hosts(5) file, in its order; names in lower case."""
+    hosts: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        address, *names = line.partition("#")[0].split() or [""]
+        if names and is_address(address):
+            for name in names:
+                known = hosts.setdefault(name.lower().removesuffix("."), [])
+                if address not in known:
+                    known.append(address)
+    return hosts
+
+
+def load_dns_config(resolv_conf: str = "", hosts: str = "/etc/hosts",
+                    environ: Mapping[str, str] = os.environ) -> DnsConfig:
+    """The DnsConfig of this machine, read anew. ETCDINIT_RESOLV_CONF names another file than /etc/resolv.conf."""
+    source = resolv_conf or environ.get("ETCDINIT_RESOLV_CONF", "") or "/etc/resolv.conf"
+    config = parse_resolv_conf(_file_text(source), environ, source)
+    config.hosts = parse_hosts(_file_text(hosts))
+    return config
+
+
+def _file_text(path: str) -> str:
+    """The text of a file; of one that cannot be read, nothing: both files may be absent in a container."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(16 << 20)
+    except OSError as error:
+        log.debug(f"cannot read {path}: {reason(error)}")
+        return ""
+
+
+def _socket_address(address: str, port: int) -> tuple[Any, ...]:
+    """What connect() takes for an address text, IPv6 scope included. OSError if it is no address."""
+    if ":" not in address:
+        socket.inet_pton(socket.AF_INET, address)
+        return (address, port)
+    host, _, scope = address.partition("%")
+    socket.inet_pton(socket.AF_INET6, host)
+    return (host, port, 0, int(scope) if scope.isdigit() else socket.if_nametoindex(scope) if scope else 0)
+
+
+def is_address(text: str) -> bool:
+    """Whether the text is an IPv4 or IPv6 address (with or without scope), not a name."""
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text.partition("%")[0])
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# ---- asking servers -----------------------------------------------------------------------------------
+
+_dns_silent: dict[tuple[str, int], float] = {}  # server: when it was last silent
+_dns_plain: set[tuple[str, int]] = set()  # servers that answer only without EDNS
+
+
+def _server_text(server: tuple[str, int]) -> str:
+    return server[0] if server[1] == DNS_PORT else f"[{server[0]}]:{server[1]}"
+
+
+def _dns_connect(server: tuple[str, int], kind: int, until: float) -> socket.socket:
+    """A connected socket: the kernel then drops what comes from elsewhere, and picks a fresh port."""
+    connection = socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET, kind)
+    try:
+        connection.settimeout(_time_left(until))
+        connection.connect(_socket_address(*server))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _time_left(until: float) -> float:
+    left = until - now()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def _ask_udp(server: tuple[str, int], query: bytes, id: int, name: str, type: int, until: float) -> bytes:
+    """The datagram that answers the query; others are ignored. OSError (TimeoutError) if there is none."""
+    connection = _dns_connect(server, socket.SOCK_DGRAM, until)
+    try:
+        connection.send(query)
+        for _ in range(DNS_MAX_STRANGE):
+            connection.settimeout(_time_left(until))
+            data = connection.recv(65535)
+            try:
+                if decode_dns_message(data, head=True).answers_to(id, name, type):
+                    return data
+            except ValueError:
+                pass
+            log.debug("ignoring a datagram that is not the answer", server=_server_text(server), bytes=len(data))
+        raise OSError(errno.EBADMSG, f"sent {DNS_MAX_STRANGE} datagrams that answer something else")
+    finally:
+        connection.close()
+
+
+def _ask_tcp(server: tuple[str, int], query: bytes, until: float) -> bytes:
+    """The message that a server sends for a query over TCP. OSError if there is none."""
+    connection = _dns_connect(server, socket.SOCK_STREAM, until)
+    try:
+        connection.settimeout(_time_left(until))
+        connection.sendall(struct.pack("!H", len(query)) + query)
+        data, size = bytearray(), 2
+        while len(data) < size:
+            connection.settimeout(_time_left(until))
+            piece = connection.recv(65537 - len(data))
+            if not piece:
+                raise OSError(errno.ECONNRESET, "closed the TCP connection before its answer was whole")
+            data += piece
+            size = 2 + int.from_bytes(data[:2], "big") if len(data) > 1 else 2
+        return bytes(data[2:size])
+    finally:
+        connection.close()
+
+
+def _ask_server(server: tuple[str, int], name: str, type: int, edns: bool, patience: float,
+                deadline: float) -> DnsMessage:
+    """One server's answer: UDP, and TCP for what UDP cuts off or garbles.
+
+    OSError if there is none. ValueError if there is, but nothing to go by.
+    """
+    id = int.from_bytes(os.urandom(2), "big")
+    data = _ask_udp(server, encode_dns_query(id, name, type, edns), id, name, type, min(deadline, now() + patience))
+    try:
+        message = decode_dns_message(data)
+        whole = not message.flags & _DNS_TRUNCATED
+    except ValueError:  # it is the answer, and garbled: some forwarders cut without saying so
+        whole = False
+    if not whole:
+        id = int.from_bytes(os.urandom(2), "big")
+        data = _ask_tcp(server, encode_dns_query(id, name, type, edns), min(deadline, now() + patience))
+        message = decode_dns_message(data)
+        if message.flags & _DNS_TRUNCATED or not message.answers_to(id, name, type):
+            raise ValueError("sent something else over TCP")
+    if edns and message.rcode in (_DNS_FORMERR, _DNS_NOTIMP, _DNS_BADVERS):
+        _dns_plain.add(server)
+        return _ask_server(server, name, type, False, patience, deadline)
+    return message
+
+
+def _dns_failure(message: DnsMessage) -> tuple[type[DnsError], str] | None:
+    """Why an answer is none, and the next server is to be asked; nothing if it settles the question."""
+    if message.rcode == _DNS_REFUSED:
+        return DnsRefused, "REFUSED"
+    if message.rcode not in (_DNS_OK, _DNS_NXDOMAIN):
+        return DnsServfail, _DNS_RCODE_NAMES.get(message.rcode, f"error code {message.rcode}")
+    lame = not message.flags & (_DNS_AUTHORITATIVE | _DNS_RECURSES) and not message.answers and not message.authority
+    if lame and message.rcode == _DNS_OK:
+        return DnsServfail, "neither serves the zone nor asks on"
+    return None
+
+
+def _ask(name: str, type: int, config: DnsConfig, deadline: float) -> DnsMessage:
+    """The first answer that settles the question.
+
+    The servers are asked in turn, in the second round without EDNS. One that was silent lately is asked last.
+    The time to the deadline is shared among the tries, so that the last server gets its turn too.
+    """
+    first = _random_below(len(config.servers)) if config.rotate else 0
+    servers = config.servers[first:] + config.servers[:first]
+    servers.sort(key=lambda server: server in _dns_silent and now() - _dns_silent[server] < DNS_SILENCE)
+    failures: dict[tuple[str, int], tuple[Callable[..., DnsError], str]] = {}
+    question, tries = f"{DNS_TYPE_NAMES[type]} {name}", servers * config.attempts
+    for count, server in enumerate(tries):
+        start = now()
+        patience = min(config.timeout, (deadline - start) / (len(tries) - count))
+        if patience <= 0:
+            break
+        again = count >= len(servers)
+        try:
+            message = _ask_server(server, name, type, not again and server not in _dns_plain, patience, deadline)
+            failure = _dns_failure(message)
+        except TimeoutError:
+            _dns_silent[server] = now()
+            failure = DnsTimeout, f"no answer in {now() - start:.1f}s"
+        except OSError as error:
+            failure = DnsServfail, reason(error)
+        except ValueError as error:
+            failure = DnsServfail, f"garbled answer, {error}"
+        log.debug(f"asked for {question}", server=_server_text(server), answer=failure[1] if failure else
+                  f"{_DNS_RCODE_NAMES[message.rcode]} {len(message.answers)} records", seconds=f"{now() - start:.3f}")
+        if failure is None:
+            _dns_silent.pop(server, None)
+            if again:
+                _dns_plain.add(server)
+            message.server = _server_text(server)
+            return message
+        failures[server] = failure
+    kinds = [kind for kind, _ in failures.values()]
+    worst = next((kind for kind in (DnsServfail, DnsRefused) if kind in kinds), DnsTimeout)
+    told = "; ".join(f"{_server_text(server)}: {why}" for server, (_, why) in failures.items())
+    raise worst(f"cannot resolve {question}: {told or 'no time was left to ask'} "
+                f"({_DNS_REMEDIES[worst].format(source=config.source)})",
+                question, [_server_text(server) for server in failures])
+
+
+# ---- names to records ---------------------------------------------------------------------------------
+
+class SrvRecord:
+    """One place where a service is: priority, weight, port, target (a name), addresses of the target.
+
+    addresses is empty if they were not asked for, or if they were not found: then error says why.
+    """
+
+    __slots__ = ("priority", "weight", "port", "target", "addresses", "error")
+
+    def __init__(self, priority: int, weight: int, port: int, target: str) -> None:
+        self.priority, self.weight, self.port, self.target = priority, weight, port, target
+        self.addresses: list[str] = []
+        self.error: DnsError | None = None
+
+
+class SrvAnswer:
+    """What resolve_srv found: records in the order to try them, ttl in seconds (the lowest of all used records)."""
+
+    __slots__ = ("records", "ttl")
+
+    def __init__(self, records: list[SrvRecord], ttl: int) -> None:
+        self.records, self.ttl = records, ttl
+
+
+def _random_below(limit: int) -> int:
+    """A random number from 0 to limit - 1, without the cost of loading the random module."""
+    return int.from_bytes(os.urandom(8), "big") % limit
+
+
+def order_srv(records: Iterable[SrvRecord], random_below: Callable[[int], int] = _random_below) -> list[SrvRecord]:
+    """The records in the order to try them: by priority, and within one by weighted chance (RFC 2782)."""
+    waiting: dict[int, list[SrvRecord]] = {}
+    for record in records:
+        group = waiting.setdefault(record.priority, [])
+        group.insert(random_below(len(group) + 1), record)  # so that weights of 0 alone spread the load too
+    ordered: list[SrvRecord] = []
+    for _, group in sorted(waiting.items()):
+        group.sort(key=lambda record: record.weight > 0)
+        total = sum(record.weight for record in group)
+        while group:
+            rest = random_below(total + 1)
+            for index, record in enumerate(group):
+                rest -= record.weight
+                if rest <= 0:
+                    break
+            ordered.append(group.pop(index))
+            total -= record.weight
+    return ordered
+
+
+def _records(name: str, type: int, config: DnsConfig, deadline: float) -> tuple[DnsMessage, list[DnsRecord], int]:
+    """The records that a name has, its CNAMEs followed; with them the message they came in, and the lowest ttl."""
+    question, wanted, ttl = f"{DNS_TYPE_NAMES[type]} {name}", name.lower(), DNS_MAX_TTL
+    seen = {wanted}
+    while True:
+        asked = wanted
+        message = _ask(asked, type, config, deadline)
+        server = message.server
+        aliases = {record.name.lower(): record for record in message.answers if record.type == DNS_CNAME}
+        while alias := aliases.get(wanted):
+            wanted, ttl = alias.data.lower(), min(ttl, alias.ttl)
+            if wanted in seen or len(seen) > DNS_MAX_ALIASES:
+                raise DnsLoop(f"cannot resolve {question}: its aliases (CNAME) go round in a circle or are more than "
+                              f"{DNS_MAX_ALIASES}, at {wanted}, says {server} (correct the zone)", question, [server])
+            seen.add(wanted)
+        records = [record for record in message.answers if record.type == type and record.name.lower() == wanted]
+        if records and message.rcode == _DNS_OK:
+            return message, records, min(ttl, *(record.ttl for record in records))
+        no = [min(record.ttl, record.data) for record in message.authority if record.type == DNS_SOA]
+        subject = "the name" if wanted == name.lower() else f"its alias {wanted}"
+        if message.rcode == _DNS_NXDOMAIN:
+            raise DnsNxdomain(f"cannot resolve {question}: {subject} does not exist, says {server} "
+                              "(NXDOMAIN; check the spelling and the zone)", question, [server], min(no, default=0))
+        if wanted == asked or no:  # else this server does not follow aliases: ask for the last one
+            raise DnsNodata(f"cannot resolve {question}: {subject} has no {DNS_TYPE_NAMES[type]} record, says {server} "
+                            "(add it to the zone)", question, [server], min(no, default=0))
+
+
+def _search(name: str, config: DnsConfig, look: Callable[[str], Any]) -> Any:
+    """What look() finds for the name or for it with a suffix of the search list, in the order of resolv.conf(5)."""
+    if name.endswith("."):
+        return look(name.removesuffix(".") or ".")
+    names = [longer for suffix in config.search if len(longer := f"{name}.{suffix}") < 254]
+    names.insert(0 if name.count(".") >= config.ndots else len(names), name)
+    failures: list[DnsError] = []
+    for candidate in names:
+        try:
+            return look(candidate)
+        except (DnsNxdomain, DnsNodata, DnsServfail, DnsRefused) as error:
+            failures.append(error)
+    kinds = (DnsServfail, DnsRefused, DnsNotOffered, DnsNodata, DnsNxdomain)  # the one that says most
+    failure = next(error for kind in kinds for error in failures if isinstance(error, kind))
+    if len(names) > 1:
+        failure.args = (f"{failure}; asked for {', '.join(names)} (search list of {config.source})",)
+    raise failure
+
+
+def _host_records(name: str, config: DnsConfig, deadline: float) -> tuple[list[str], int]:
+    """The addresses that DNS has for a name, IPv4 first, and their ttl."""
+    addresses: list[str] = []
+    ttl, failure = DNS_MAX_TTL, None
+    for type in (DNS_A, DNS_AAAA):
+        try:
+            _, records, lowest = _records(name, type, config, deadline)
+        except DnsNxdomain:
+            if addresses:
+                break  # a server that says so for AAAA alone is wrong
+            raise
+        except DnsError as error:
+            if failure is None or error.temporary:
+                failure = error
+        else:
+            addresses += [record.data for record in records]
+            ttl = min(ttl, lowest)
+            deadline = min(deadline, now() + config.timeout)  # some servers drop what asks for AAAA
+    if failure and not addresses:
+        raise failure
+    return addresses, ttl
+
+
+def _addresses(host: str, config: DnsConfig, deadline: float) -> tuple[list[str], int]:
+    """The addresses of a host, from itself, from hosts(5), or from DNS, and their ttl."""
+    name = host.removeprefix("[").removesuffix("]")
+    if is_address(name):
+        return [name], DNS_MAX_TTL
+    name = host.lower().removesuffix(".")
+    if name in config.hosts:
+        return list(config.hosts[name]), DNS_MAX_TTL
+    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761; the hosts file may be absent
+        return ["127.0.0.1", "::1"], DNS_MAX_TTL
+    found: tuple[list[str], int] = _search(host, config, lambda candidate: _host_records(candidate, config, deadline))
+    return found
+
+
+def _srv_records(name: str, config: DnsConfig, deadline: float) -> tuple[list[SrvRecord], int]:
+    """The SRV records of a name, with the addresses that came along for their targets, and their ttl."""
+    message, answers, ttl = _records(name, DNS_SRV, config, deadline)
+    question = f"SRV {name}"
+    glue: dict[str, list[DnsRecord]] = {}
+    for record in message.additional:
+        if record.type in (DNS_A, DNS_AAAA):
+            glue.setdefault(record.name.lower(), []).append(record)
+    records: list[SrvRecord] = []
+    for data in dict.fromkeys(answer.data for answer in answers):
+        found = SrvRecord(*data)
+        if found.target == ".":
+            continue
+        if not all(c.isalnum() or c in "-_." for c in found.target):  # names of other shapes end up in URLs
+            log.warning(f"ignoring a target of {question}: not a host name", target=found.target)
+            continue
+        for extra in sorted(glue.get(found.target.lower(), ()), key=lambda extra: extra.type):
+            found.addresses.append(extra.data)
+            ttl = min(ttl, extra.ttl)
+        records.append(found)
+    if not records:
+        raise DnsNotOffered(f'cannot resolve {question}: {message.server} names no target that is a host; "." says that '
+                            "the service is not offered (RFC 2782; check the zone)", question, [message.server], ttl)
+    return records, ttl
+
+
+# ---- doors --------------------------------------------------------------------------------------------
+
+def resolve_srv(name: str, deadline: float | None = None, config: DnsConfig | None = None, addresses: bool = True,
+                random_below: Callable[[int], int] = _random_below) -> SrvAnswer:
+    """Where a service is, as in _etcd-client._tcp.example.org: a SrvAnswer in the order of RFC 2782.
+
+    A name that ends in a dot is asked as it stands, another goes through the search list. deadline is a point
+    on now(), by default 10 s away. The targets' addresses come from hosts(5), from the answer, or are looked up,
+    unless addresses is False; one target without any does not fail the lookup, none with any does. Raises DnsError.
+    """
+    config = config or load_dns_config()
+    until = now() + DNS_PATIENCE if deadline is None else deadline
+    records, ttl = _search(name, config, lambda candidate: _srv_records(candidate, config, until))
+    hosts: dict[str, tuple[list[str], int]] = {}
+    for record in records if addresses else ():
+        target = record.target.lower()
+        if record.addresses and target not in config.hosts:
+            continue
+        try:
+            if target not in hosts:
+                hosts[target] = _addresses(target + ".", config, until)
+            record.addresses = hosts[target][0]
+            ttl = min(ttl, hosts[target][1])
+        except DnsError as error:
+            record.error = error
+    failed = [record.error for record in records if record.error]
+    if len(failed) == len(records):
+        failed[0].args = (f"{failed[0]}; it is a target of SRV {name}",)
+        raise failed[0]
+    return SrvAnswer(order_srv(records, random_below), ttl)
+
+
+def resolve_address(host: str, deadline: float | None = None, config: DnsConfig | None = None) -> list[str]:
+    """The addresses of a host, IPv4 first; an address is its own. deadline as in resolve_srv. Raises DnsError."""
+    until = now() + DNS_PATIENCE if deadline is None else deadline
+    return _addresses(host, config or load_dns_config(), until)[0]
+
+
+def host_addresses(host: str) -> list[str]:
+    """The addresses of a host, or none if they cannot be found: what a template asks for."""
+    try:
+        return resolve_address(host)
+    except DnsError as error:
+        log.debug(str(error))
+        return []
 
 
 # ======================================================================================================
