@@ -530,7 +530,7 @@ def decode_dns_message(data: bytes, head: bool = False) -> DnsMessage:
             return message
         if sum(counts) * 11 > len(data):  # a record takes 11 bytes at least
             raise ValueError("more records than bytes")
-        for section, count in zip((message.answers, message.authority, message.additional), counts):
+        for section, count in zip((message.answers, message.authority, message.additional), counts, strict=True):
             for _ in range(count):
                 name, at = _read_dns_name(data, at, names)
                 type, group, ttl, size = struct.unpack_from("!HHIH", data, at)
@@ -842,11 +842,12 @@ def order_srv(records: Iterable[SrvRecord], random_below: Callable[[int], int] =
         total = sum(record.weight for record in group)
         while group:
             rest = random_below(total + 1)
-            for index, record in enumerate(group):
+            for record in group:
                 rest -= record.weight
                 if rest <= 0:
                     break
-            ordered.append(group.pop(index))
+            group.remove(record)
+            ordered.append(record)
             total -= record.weight
     return ordered
 
@@ -901,23 +902,23 @@ def _search(name: str, config: DnsConfig, look: Callable[[str], Any]) -> Any:
 def _host_records(name: str, config: DnsConfig, deadline: float) -> tuple[list[str], int]:
     """The addresses that DNS has for a name, IPv4 first, and their ttl."""
     addresses: list[str] = []
-    ttl, failure = DNS_MAX_TTL, None
+    ttl, nothing = DNS_MAX_TTL, None
     for type in (DNS_A, DNS_AAAA):
         try:
             _, records, lowest = _records(name, type, config, deadline)
-        except DnsNxdomain:
+        except DnsNodata as error:
+            nothing = error
+        except DnsError:
             if addresses:
-                break  # a server that says so for AAAA alone is wrong
+                break  # some servers fail, or answer nonsense, when asked for AAAA
             raise
-        except DnsError as error:
-            if failure is None or error.temporary:
-                failure = error
         else:
             addresses += [record.data for record in records]
             ttl = min(ttl, lowest)
-            deadline = min(deadline, now() + config.timeout)  # some servers drop what asks for AAAA
-    if failure and not addresses:
-        raise failure
+            deadline = min(deadline, now() + config.timeout)
+    if nothing and not addresses:
+        raise DnsNodata(f"cannot resolve {name}: the name has neither an A nor an AAAA record, "
+                        f"says {nothing.servers[0]} (add one to the zone)", f"A {name}", nothing.servers, nothing.ttl)
     return addresses, ttl
 
 
@@ -956,8 +957,8 @@ def _srv_records(name: str, config: DnsConfig, deadline: float) -> tuple[list[Sr
             ttl = min(ttl, extra.ttl)
         records.append(found)
     if not records:
-        raise DnsNotOffered(f'cannot resolve {question}: {message.server} names no target that is a host; "." says that '
-                            "the service is not offered (RFC 2782; check the zone)", question, [message.server], ttl)
+        raise DnsNotOffered(f'cannot resolve {question}: {message.server} names no target that is a host; "." says '
+                            "that the service is not offered (check the zone)", question, [message.server], ttl)
     return records, ttl
 
 
