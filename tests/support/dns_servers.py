@@ -48,7 +48,6 @@ etcd1 IN A 127.0.0.1
 etcd1 30 IN AAAA ::1
 etcd2 IN A 127.0.0.2
 etcd3 IN A 127.0.0.3
-alias IN CNAME etcd1
 _chain._tcp 20 IN CNAME _chain2._tcp
 _chain2._tcp 10 IN CNAME _etcd-client._tcp
 _loop._tcp IN CNAME _pool._tcp
@@ -188,13 +187,13 @@ class Liar:
         self.reply = reply
         self.seen: list[Query] = []
         self.peer: tuple[str, int] = ("", 0)
-        self.server = (address, free_port())
-        self.family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.udp = socket.socket(self.family, socket.SOCK_DGRAM)
+        self.port = free_port()
+        self.server = (address, self.port)
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind(self.server)
-        self.elsewhere = socket.socket(self.family, socket.SOCK_DGRAM)
+        self.elsewhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.elsewhere.bind((address, 0))
-        self.tcp = socket.create_server(self.server, family=self.family)
+        self.tcp = socket.create_server(self.server)
         self.threads = [threading.Thread(target=run, daemon=True) for run in (self.serve_udp, self.serve_tcp)]
 
     def serve_udp(self) -> None:
@@ -226,7 +225,7 @@ class Liar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with socket.socket(self.family, socket.SOCK_DGRAM) as end:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
             end.sendto(b"", self.server)
         socket.create_connection(self.server).close()
         for thread in self.threads:

@@ -29,10 +29,10 @@ def build(source: Path = HERE) -> Path:
     if not made.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = made.with_name(f"{made.name}.{os.getpid()}")
-        # GOCACHE is ours so that nothing outside the project is written
-        subprocess.run([str(go_tool()), "build", "-o", str(part), "."], cwd=source, check=True, env={
-            **os.environ, "GOPROXY": "off", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod", "GOCACHE": str(CACHE / "cache"),
-            "CGO_ENABLED": "0"})
+        alone = {"GOPROXY": "off", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod", "CGO_ENABLED": "0",
+                 "GOCACHE": str(CACHE / "cache")}  # nothing is fetched, and nothing written outside the project
+        subprocess.run([str(go_tool()), "build", "-o", str(part), "."], cwd=source, check=True,
+                       env={**os.environ, **alone})
         part.rename(made)
     return made
 

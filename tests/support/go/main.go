@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"regexp"
 	"sort"
 	"strconv"
 	"strings"
@@ -256,6 +257,10 @@ func general() template.FuncMap {
 			err = json.Unmarshal([]byte(text), &v)
 			return v, err
 		},
+		"regexMatch": regexp.MatchString,
+		"fileExists": func(name string) bool { _, err := os.Stat(name); return err == nil },
+		"list":       func(values ...any) []any { return values },
+		"trimPrefix": strings.TrimPrefix,
 		"map": func(pairs ...any) (map[string]any, error) {
 			if len(pairs)%2 != 0 {
 				return nil, errors.New("invalid map call")
