@@ -8,6 +8,7 @@ never one below. What a user can call stands in the last room, COMMAND LINE.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import time
@@ -1512,6 +1513,7 @@ _GO_UNSIGNED = {Uint8, Uint16}
 _GO_SLICES = {list, Strings, Ints, KVPairs, SRVs}
 _GO_POINTERS = {SRV}
 GO_FIELDS: dict[type, tuple[str, ...]] = {KVPair: KVPair.__slots__, SRV: SRV.__slots__}
+GO_METHODS: dict[type, dict[str, Func]] = {}
 _GO_STRING: dict[type, Callable[[Any], str]] = {}  # fmt.Stringer: what %v, %s, %q, %x print of these types
 _GO_SYNTAX: dict[type, Callable[[Any], str]] = {}  # fmt.GoStringer: what %#v prints
 
@@ -2233,6 +2235,1655 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
 # Go's text/template: lexer, parser, compiler to Python code, execution. Package text/template of Go 1.27.
 # Does not know where keys come from.
 # ======================================================================================================
+
+# ---- errors -------------------------------------------------------------------------------------------
+
+class TemplateError(Error):
+    """A template that cannot be parsed or executed; its text is Go's message.
+
+    stage is "parse" or "exec"; partial is what had been written before the error (it never reaches a file).
+    """
+
+    def __init__(self, message: str, stage: str, partial: str = "") -> None:
+        super().__init__(message)
+        self.stage, self.partial = stage, partial
+
+
+class _Failure(Exception):
+    """An error of the engine itself while a template runs: Go's message, its place not yet added."""
+
+
+# ---- lexer --------------------------------------------------------------------------------------------
+# A token is (kind, position, text). Kinds of tokens that have one spelling are that spelling.
+
+_SPACE = " \t\r\n"
+_KEYWORDS = frozenset("block break continue define else end if nil range template with".split())
+_ACTION_TOKENS = r"""
+    (?P<space>[ \t\r\n]+) | (?P<declare>:=) | (?P<assign>=) | (?P<pipe>\|) | (?P<open>\() | (?P<close>\))
+  | (?P<string>"(?:\\[^\n]|[^"\\\n])*") | (?P<raw>`[^`]*`) | (?P<character>'(?:\\[^\n]|[^'\\\n])*')
+  | (?P<number>(?=[+-]|\.?[0-9]) [+-]?
+       (?: 0[xX][0-9a-fA-F_]*(?:\.[0-9a-fA-F_]*)?(?:[pP][+-]?[0-9_]*)? | 0[oO][0-7_]*(?:\.[0-7_]*)?
+         | 0[bB][01_]*(?:\.[01_]*)? | [0-9_]*(?:\.[0-9_]*)?(?:[eE][+-]?[0-9_]*)? ) i?)
+  | (?P<variable>\$\w*) | (?P<field>\.\w*) | (?P<word>\w+)
+"""
+_UNFINISHED = {"": "unclosed action", ":": "expected :=", '"': "unterminated quoted string",
+               "`": "unterminated raw quoted string", "'": "unterminated character constant"}
+_action_token: Any = None  # the compiled pattern, made for the first template
+
+
+def _lex(text: str, keywords: frozenset[str]) -> Iterator[tuple[str, int, str]]:
+    """The tokens of a template (text/template/parse/lex.go); the last one is "EOF" or "error"."""
+    position, size = 0, len(text)
+    while True:
+        start = text.find("{{", position)
+        if start < 0:
+            if position < size:
+                yield "text", position, text[position:]
+            yield "EOF", size, ""
+            return
+        trim = text.startswith("-", start + 2) and text[start + 3:start + 4] in (" ", "\t", "\r", "\n")
+        chunk = text[position:start]
+        if chunk := chunk.rstrip(_SPACE) if trim else chunk:
+            yield "text", position, chunk
+        position = start + (4 if trim else 2)
+        if text.startswith("/*", position):
+            end = text.find("*/", position + 2) + 2
+            width = _right_delimiter(text, end) if end > 1 else 0
+            if not width:
+                yield "error", position, "unclosed comment" if end < 2 else "comment ends before closing delimiter"
+                return
+            position = end + width
+        else:
+            yield "{{", start, "{{"
+            position, width = yield from _lex_action(text, position, keywords)
+            if not width:
+                return
+        if width == 4:  # a trimming delimiter swallows the space behind it
+            while text[position:position + 1] in (" ", "\t", "\r", "\n"):
+                position += 1
+
+
+def _right_delimiter(text: str, position: int) -> int:
+    """The width of the right delimiter that begins here: 2 for }}, 4 for -}} with its space, 0 for none."""
+    if text.startswith("}}", position):
+        return 2
+    return 4 if text.startswith("-}}", position + 1) and text[position] in _SPACE else 0
+
+
+def _lex_action(text: str, position: int, keywords: frozenset[str]) -> Any:
+    """The tokens of one action; returns the position behind it and the width of its delimiter (0: an error)."""
+    global _action_token
+    if _action_token is None:
+        _action_token = re.compile(_ACTION_TOKENS, re.VERBOSE).match
+    parentheses = 0
+    while True:
+        if width := _right_delimiter(text, position):
+            if parentheses:
+                yield "error", position, "unclosed left paren"
+                return position, 0
+            yield "}}", position + width - 2, "}}"
+            return position + width, width
+        match = _action_token(text, position)
+        if match is None:
+            character = text[position:position + 1]
+            if character not in _UNFINISHED and " " <= character <= "~":
+                yield "char", position, character
+                position += 1
+                continue
+            yield "error", position, _UNFINISHED.get(character,
+                                                     f"unrecognized character in action: {sharp_u(character)}")
+            return position, 0
+        kind, value, end = match.lastgroup, match[0], match.end()
+        error = ""
+        if kind == "space" and text.startswith("-}}", end):
+            end -= 1  # the last space belongs to the delimiter
+            if end == position:
+                yield "}}", position + 2, "}}"
+                return position + 4, 4
+        elif kind == "open":
+            parentheses += 1
+        elif kind == "close":
+            parentheses -= 1
+            error = "unexpected right paren" if parentheses < 0 else ""
+        elif kind == "number":
+            kind, end, error = _lex_number(text, position, end)
+        elif kind in ("word", "field", "variable"):
+            if not value.isascii():
+                end = position + 1
+                while end < len(text) and _is_alphanumeric(text[end]):
+                    end += 1
+            if not (text[end:end + 1] in ("", " ", "\t", "\r", "\n", *".,|:()") or text.startswith("}}", end)):
+                error = f"bad character {sharp_u(text[end])}"
+            value = text[position:end]
+            if kind == "word":
+                kind = value if value in keywords else "bool" if value in ("true", "false") else "identifier"
+            elif value == ".":
+                kind = "dot" if end < len(text) else "number"
+        if error:
+            yield "error", position, error
+            return position, 0
+        yield kind, position, text[position:end]
+        position = end
+
+
+def _is_alphanumeric(character: str) -> bool:
+    return character == "_" or character.isalpha() or character.isdecimal()
+
+
+def _lex_number(text: str, position: int, end: int) -> tuple[str, int, str]:
+    """Kind, end and error of the number that begins at position; its first part ends at end."""
+    kind = "number"
+    if text[end:end + 1] in ("+", "-"):  # 1+2i: no space, and the second part must be imaginary
+        kind, end = "complex", _action_token(text, end).end()
+    if text[end:end + 1] and _is_alphanumeric(text[end]):
+        end += 1
+    elif kind == "number" or text[end - 1] == "i":
+        return kind, end, ""
+    return kind, end, f"bad number syntax: {quote(text[position:end])}"
+
+
+# ---- syntax tree --------------------------------------------------------------------------------------
+# Every node knows its position in the text and prints itself (show), so that each error can quote its piece.
+# show() is a plain recursion in Python: deep trees must not use up the C stack.
+
+class _Text:
+    """Literal text."""
+
+    __slots__ = ("position", "text")
+
+    def __init__(self, position: int, text: str) -> None:
+        self.position, self.text = position, text
+
+    def show(self) -> str:
+        """The text itself."""
+        return self.text
+
+
+class _Jump(_Text):
+    """{{break}}, {{continue}}; for the parser also {{else}} and {{end}}. text is the keyword."""
+
+    __slots__ = ()
+
+    def show(self) -> str:
+        """The action, as Go prints it."""
+        return "{{" + self.text + "}}"
+
+
+class _Word(_Text):
+    """An operand in one word: kind dot, nil, bool, number, string, identifier, field or variable.
+
+    value is the constant, or the tuple of names of a field (.a.b) or variable ($x.a).
+    """
+
+    __slots__ = ("kind", "value")
+
+    def __init__(self, position: int, text: str, kind: str, value: Any = None) -> None:
+        super().__init__(position, text)
+        self.kind, self.value = kind, value
+
+
+class _Chain:
+    """Fields of a parenthesized pipeline or of a function's result: (pipe).a.b"""
+
+    __slots__ = ("position", "base", "fields")
+
+    def __init__(self, position: int, base: Any, fields: tuple[str, ...]) -> None:
+        self.position, self.base, self.fields = position, base, fields
+
+    def show(self) -> str:
+        """The base, and its fields."""
+        base = self.base.show()
+        return ".".join([f"({base})" if type(self.base) is _Pipe else base, *self.fields])
+
+
+class _Command:
+    """Operands side by side: a function or a field with its arguments, or a single value."""
+
+    __slots__ = ("position", "words")
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.words: list[Any] = []
+
+    def show(self) -> str:
+        """The operands, parentheses restored."""
+        shown = []
+        for word in self.words:
+            text = word.show()
+            shown.append(f"({text})" if type(word) is _Pipe else text)
+        return " ".join(shown)
+
+
+class _Pipe:
+    """Commands joined by |, with the variables that get the result: names, and whether by = instead of :=."""
+
+    __slots__ = ("position", "names", "assign", "commands")
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.names: list[str] = []
+        self.assign = False
+        self.commands: list[_Command] = []
+
+    def show(self) -> str:
+        """Declarations and commands."""
+        shown = []
+        for command in self.commands:
+            shown.append(command.show())
+        names = ", ".join(self.names)
+        return (names + (" = " if self.assign else " := ") if names else "") + " | ".join(shown)
+
+
+class _Action:
+    """{{pipe}}"""
+
+    __slots__ = ("position", "pipe")
+
+    def __init__(self, position: int, pipe: _Pipe) -> None:
+        self.position, self.pipe = position, pipe
+
+    def show(self) -> str:
+        """The action in its delimiters."""
+        return "{{" + self.pipe.show() + "}}"
+
+
+class _Branch:
+    """{{if}}, {{with}} or {{range}} (keyword), with its body and what follows {{else}} (or None)."""
+
+    __slots__ = ("position", "keyword", "pipe", "body", "otherwise")
+
+    def __init__(self, position: int, keyword: str, pipe: _Pipe, body: list[Any], otherwise: list[Any] | None) -> None:
+        self.position, self.keyword, self.pipe, self.body, self.otherwise = position, keyword, pipe, body, otherwise
+
+    def show(self) -> str:
+        """The whole of it, from {{if}} to {{end}}."""
+        parts = ["{{" + self.keyword + " " + self.pipe.show() + "}}"]
+        for node in self.body:
+            parts.append(node.show())
+        if self.otherwise is not None:
+            parts.append("{{else}}")
+            for node in self.otherwise:
+                parts.append(node.show())
+        return "".join(parts) + "{{end}}"
+
+
+class _Invoke:
+    """{{template "name" pipe}}"""
+
+    __slots__ = ("position", "name", "pipe")
+
+    def __init__(self, position: int, name: str, pipe: _Pipe | None) -> None:
+        self.position, self.name, self.pipe = position, name, pipe
+
+    def show(self) -> str:
+        """The action in its delimiters."""
+        return "{{template " + quote(self.name) + (f" {self.pipe.show()}" if self.pipe else "") + "}}"
+
+
+# ---- constants ----------------------------------------------------------------------------------------
+
+class _Number:
+    """A numeric constant as Go keeps it: untyped, with every representation that is exact (None where none is)."""
+
+    __slots__ = ("integer", "floating", "complex", "ideal")
+
+    def __init__(self, text: str, kind: str) -> None:
+        self.integer: int | None = None
+        self.floating: float | None = None
+        self.complex: complex | None = None
+        if kind == "character":
+            self.integer = _parse_rune(text)
+            self.floating = float(self.integer)
+        elif kind == "complex" or text.endswith("i"):
+            self._read_complex(text)
+        else:
+            self._read_real(text)
+        if self.integer is None and self.floating is None and self.complex is None:
+            raise ValueError(f"illegal number syntax: {quote(text)}")
+        self.ideal = self._choose(text, kind)
+
+    def _read_complex(self, text: str) -> None:
+        split = max(text.rfind("+", 1), text.rfind("-", 1))
+        if split > 0 and text[split - 1] in "eEpP" and "0x" not in text.lower():
+            split = max(text.rfind("+", 1, split - 1), text.rfind("-", 1, split - 1))
+        real = _parse_float(text[:split]) if split > 0 else 0.0
+        imaginary = _parse_float(text[max(split, 0):-1])
+        if real is not None and imaginary is not None:
+            self.complex = complex(real, imaginary)
+            if not imaginary:
+                self._take_float(real)
+
+    def _read_real(self, text: str) -> None:
+        integer = _parse_integer(text)
+        if integer is not None and -1 << 63 <= integer < 1 << 64:
+            self.integer, self.floating = integer, float(integer)
+        elif (floating := _parse_float(text)) is not None:
+            if not any(letter in text for letter in ".eEpP"):  # a huge number that fits no integer
+                raise ValueError(f"integer overflow: {quote(text)}")
+            self._take_float(floating)
+
+    def _take_float(self, floating: float) -> None:
+        self.floating = floating
+        if abs(floating) < 1 << 63 and floating == int(floating):
+            self.integer = int(floating)
+
+    def _choose(self, text: str, kind: str) -> Any:
+        """The value where no type asks for another: complex, float if it looks like one, else int."""
+        if self.complex is not None:
+            return self.complex
+        hexadecimal = text[:2].lower() == "0x" and not any(letter in text for letter in "pP")
+        looks_float = kind != "character" and not hexadecimal and any(letter in text for letter in ".eEpP")
+        return self.floating if looks_float else self.integer
+
+
+def _parse_rune(text: str) -> int:
+    """The code point of a character constant in its quotes."""
+    try:
+        rune = ord(unquote(text))
+    except ValueError:
+        for end in range(2, len(text)):  # one good character, and more behind it?
+            try:
+                unquote(text[:end] + "'")
+            except ValueError:
+                continue
+            raise ValueError(f"malformed character constant: {text}") from None
+        raise
+    return rune - 0xDC00 if 0xDC80 <= rune <= 0xDCFF else rune  # \xff is the number 255
+
+
+def _parse_integer(text: str) -> int | None:
+    """strconv.ParseInt(text, 0, 64) without its range: a leading 0 means octal, _ may separate digits."""
+    sign, digits = (text[:1], text[1:]) if text[:1] in ("+", "-") else ("", text)
+    if len(digits) > 1 and digits[0] == "0" and digits[1] in "01234567_":
+        digits = "0o" + digits[1:]
+    if not digits[:1].isdigit():
+        return None
+    try:
+        return int(sign + digits, 0)
+    except ValueError:
+        return None
+
+
+def _parse_float(text: str) -> float | None:
+    """strconv.ParseFloat: decimal or hexadecimal (which needs its p exponent); None for bad syntax or overflow."""
+    try:
+        if "0x" in text.lower():
+            value = float.fromhex(text.replace("_", "")) if "p" in text.lower() else None
+        else:
+            value = float(text) if text[:1] in "+-.0123456789" else None
+    except (ValueError, OverflowError):
+        return None
+    return None if value is None or value in (float("inf"), float("-inf")) else value
+
+
+# ---- parser -------------------------------------------------------------------------------------------
+
+_MAX_PARENTHESES = 10000  # Go's own bound
+_OPERANDS = frozenset(("bool", "character", "complex", "dot", "field", "identifier", "number", "nil", "raw",
+                       "string", "variable", "open"))
+_PRINTED_AS_WORD = _KEYWORDS | {"dot"}
+
+
+class _Parser:
+    """Recursive descent over the tokens (text/template/parse/parse.go). trees: one list of nodes a template name."""
+
+    def __init__(self, text: str, name: str, functions: Mapping[str, Any]) -> None:
+        self.text, self.name, self.functions = text, name, functions
+        self.tokens = _lex(text, _KEYWORDS - ({"break", "continue"} & functions.keys()))
+        self.trees: dict[str, list[Any]] = {}
+        self.calls: list[tuple[str, tuple[str | None, ...], int]] = []  # function, constant arguments, position
+        self.ahead: list[tuple[str, int, str]] = []  # tokens put back; the next one is the last
+        self.latest: tuple[str, int, str] = ("EOF", 0, "")  # read last from the lexer: errors name its line
+        self.variables = ["$"]
+        self.ranges = 0  # how many {{range}} are open
+        self.parentheses = 0
+        self.action_start = -1  # the position of the action that is read now
+
+    # -- tokens --
+
+    def next(self) -> tuple[str, int, str]:
+        """The next token."""
+        if self.ahead:
+            return self.ahead.pop()
+        self.latest = next(self.tokens, self.latest)
+        return self.latest
+
+    def peek(self) -> tuple[str, int, str]:
+        """The next token, left in place."""
+        if not self.ahead:
+            self.ahead.append(self.next())
+        return self.ahead[-1]
+
+    def next_word(self) -> tuple[str, int, str]:
+        """The next token that is not space."""
+        while (token := self.next())[0] == "space":
+            pass
+        return token
+
+    def peek_word(self) -> tuple[str, int, str]:
+        """The next token that is not space, left in place; the space before it is gone."""
+        token = self.next_word()
+        self.ahead.append(token)
+        return token
+
+    def line_of(self, position: int) -> int:
+        """The line of a position, from 1 on."""
+        return 1 + self.text.count("\n", 0, position)
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise a parse error at the line of the token that was read last."""
+        raise TemplateError(f"template: {self.name}:{self.line_of(self.latest[1])}: {message}", "parse")
+
+    def unexpected(self, token: tuple[str, int, str], context: str) -> NoReturn:
+        """Raise Go's error for a token that cannot stand here."""
+        kind, position, text = token
+        if kind == "error":
+            if self.action_start >= 0 and self.line_of(self.action_start) != self.line_of(position):
+                started = f" in action started at {self.name}:{self.line_of(self.action_start)}"
+                text += started[len(" in action"):] if text.endswith(" action") else started
+            self.fail(text)
+        if kind == "EOF":
+            shown = "EOF"
+        elif kind in _PRINTED_AS_WORD:
+            shown = f"<{text}>"
+        else:
+            shown = quote(text[:10]) + "..." if len(text.encode("utf-8", "surrogateescape")) > 10 else quote(text)
+        self.fail(f"unexpected {shown} in {context}")
+
+    def expect(self, kinds: tuple[str, ...], context: str) -> tuple[str, int, str]:
+        """The next word, which must be of one of these kinds."""
+        token = self.next_word()
+        if token[0] not in kinds:
+            self.unexpected(token, context)
+        return token
+
+    def unquoted(self, token: tuple[str, int, str]) -> str:
+        """The value of a string token."""
+        try:
+            return unquote(token[2])
+        except ValueError as error:
+            self.fail(str(error))
+
+    # -- the grammar, from the outside in --
+
+    def parse(self) -> None:
+        """Fill trees."""
+        root: list[Any] = []
+        while self.peek()[0] != "EOF":
+            delimiter = self.next()
+            if delimiter[0] == "{{":
+                word = self.next_word()
+                if word[0] == "define":
+                    self.definition()
+                    continue
+                self.ahead.append(word)
+            self.ahead.append(delimiter)
+            node = self.text_or_action()
+            if type(node) is _Jump and node.text in ("end", "else"):
+                self.fail(f"unexpected {node.show()}")
+            root.append(node)
+        self.add(self.name, root)
+
+    def definition(self) -> None:
+        """{{define "name"}} ... {{end}}"""
+        name = self.unquoted(self.expect(("string", "raw"), "define clause"))
+        self.expect(("}}",), "define clause")
+        self.add(name, self.separate_body("define clause"))
+
+    def separate_body(self, context: str) -> list[Any]:
+        """A list of nodes up to {{end}} that sees no variable of its surroundings: define and block."""
+        outside = self.variables, self.ranges, self.action_start
+        self.variables, self.ranges, self.action_start = ["$"], 0, -1
+        body, end = self.nodes()
+        if end.text != "end":
+            self.fail(f"unexpected {end.show()} in {context}")
+        self.variables, self.ranges, self.action_start = outside
+        return body
+
+    def add(self, name: str, tree: list[Any]) -> None:
+        """Put a template into trees; of two with one name, one must be empty."""
+        if not _is_empty(self.trees.get(name, [])):
+            if not _is_empty(tree):
+                self.fail(f"template: multiple definition of template {quote(name)}")
+            return
+        self.trees[name] = tree
+
+    def nodes(self) -> tuple[list[Any], _Jump]:
+        """The nodes up to {{end}} or {{else}}, and that."""
+        found: list[Any] = []
+        while self.peek_word()[0] != "EOF":
+            node = self.text_or_action()
+            if type(node) is _Jump and node.text in ("end", "else"):
+                return found, node
+            found.append(node)
+        self.fail("unexpected EOF")
+
+    def text_or_action(self) -> Any:
+        """One node."""
+        token = self.next_word()
+        kind, position, text = token
+        if kind == "text":
+            return _Text(position, text)
+        if kind != "{{":
+            self.unexpected(token, "input")
+        self.action_start = position
+        node = self.action()
+        self.action_start = -1
+        return node
+
+    def action(self) -> Any:
+        """What stands behind a left delimiter."""
+        token = self.next_word()
+        kind, position, _ = token
+        if kind in ("if", "with", "range"):
+            return self.branch(position, kind)
+        if kind in ("break", "continue"):
+            if (wrong := self.next_word())[0] != "}}":
+                self.unexpected(wrong, "{{" + kind + "}}")
+            if not self.ranges:
+                self.fail("{{" + kind + "}} outside {{range}}")
+            return _Jump(position, kind)
+        if kind == "end":
+            return _Jump(self.expect(("}}",), "end")[1], "end")
+        if kind == "else":
+            following = self.peek_word()
+            if following[0] not in ("if", "with"):  # {{else if}} is {{else}}{{if}} with one {{end}}: see branch
+                self.expect(("}}",), "else")
+            return _Jump(following[1], "else")
+        if kind in ("block", "template"):
+            return self.invocation(kind)
+        self.ahead.append(token)
+        return _Action(position, self.pipeline("command", "}}"))
+
+    def branch(self, position: int, keyword: str) -> _Branch:
+        """{{if}}, {{with}}, {{range}}, up to the {{end}}"""
+        mark = len(self.variables)
+        pipe = self.pipeline(keyword, "}}")
+        self.ranges += keyword == "range"
+        body, end = self.nodes()
+        self.ranges -= keyword == "range"
+        otherwise: list[Any] | None = None
+        if end.text == "else":
+            following = self.peek()
+            if keyword in ("if", "with") and following[0] == keyword:
+                self.next()
+                otherwise = [self.branch(following[1], keyword)]
+            else:
+                otherwise, end = self.nodes()
+                if end.text != "end":
+                    self.fail(f"expected end; found {end.show()}")
+        del self.variables[mark:]
+        return _Branch(pipe.position, keyword, pipe, body, otherwise)
+
+    def invocation(self, keyword: str) -> _Invoke:
+        """{{template "name" pipe}}, and {{block "name" pipe}} ... {{end}} which also defines the template"""
+        context = f"{keyword} clause"
+        token = self.expect(("string", "raw"), context)
+        name = self.unquoted(token)
+        pipe = None
+        if keyword == "block" or self.peek_word()[0] != "}}":
+            pipe = self.pipeline(context, "}}")
+        else:
+            self.next()
+        if keyword == "block":
+            self.add(name, self.separate_body(context))
+        return _Invoke(token[1], name, pipe)
+
+    def pipeline(self, context: str, end: str) -> _Pipe:
+        """Declarations and commands, up to and including the token that ends them."""
+        pipe = _Pipe(self.peek_word()[1])
+        self.declarations(pipe, context)
+        while True:
+            token = self.next_word()
+            if token[0] == end:
+                break
+            if token[0] not in _OPERANDS:
+                self.unexpected(token, context)
+            self.ahead.append(token)
+            pipe.commands.append(self.command())
+        if not pipe.commands:
+            self.fail(f"missing value for {context}")
+        for stage, command in enumerate(pipe.commands[1:], 2):
+            first = command.words[0]
+            if type(first) is _Word and first.kind in ("bool", "dot", "nil", "number", "string"):
+                self.fail(f"non executable command in pipeline stage {stage}")
+        return pipe
+
+    def declarations(self, pipe: _Pipe, context: str) -> None:
+        """`$x :=`, `$x =` and, for range, `$i, $x :=`"""
+        while (variable := self.peek_word())[0] == "variable":
+            self.next()
+            behind = self.peek()
+            token = self.peek_word()
+            if token[0] in ("assign", "declare") or token[2] == "," and token[0] == "char":
+                self.next_word()
+                pipe.names.append(variable[2])
+                self.variables.append(variable[2])
+                if token[0] != "char":
+                    pipe.assign = token[0] == "assign"
+                    return
+                if context != "range" or len(pipe.names) > 1:
+                    self.fail(f"too many declarations in {context}")
+                if self.peek_word()[0] not in ("variable", "}}", "close"):
+                    self.fail("range can only initialize variables")
+                continue
+            if behind[0] == "space":
+                self.ahead.append(behind)  # it separates the variable from what follows
+            self.ahead.append(variable)
+            return
+
+    def command(self) -> _Command:
+        """Operands up to a | (which is read) or the end of the pipeline (which is not)."""
+        command = _Command(self.peek_word()[1])
+        while True:
+            self.peek_word()
+            operand = self.operand()
+            if operand is not None:
+                command.words.append(operand)
+            token = self.next()
+            if token[0] == "space":
+                continue
+            if token[0] in ("}}", "close"):
+                self.ahead.append(token)
+            elif token[0] != "pipe":
+                self.unexpected(token, "operand")
+            break
+        if not command.words:
+            self.fail("empty command")
+        first = command.words[0]
+        if type(first) is _Word and first.kind == "identifier":
+            constants = tuple(word.value if type(word) is _Word and word.kind == "string" else None
+                              for word in command.words[1:])
+            self.calls.append((first.text, constants, first.position))
+        return command
+
+    def operand(self) -> Any:
+        """A term with the fields that follow it; None if no operand stands here."""
+        term = self.term()
+        if term is None or self.peek()[0] != "field":
+            return term
+        position = self.peek()[1]
+        text = ""
+        while self.peek()[0] == "field":
+            text += self.next()[2]
+        fields = tuple(text[1:].split("."))
+        if type(term) is not _Word or term.kind == "identifier":
+            return _Chain(position, term, fields)
+        if term.kind in ("field", "variable"):
+            return _Word(position, term.text + text, term.kind, term.value + fields)
+        self.fail(f"unexpected . after term {quote(term.show())}")
+
+    def term(self) -> Any:
+        """A constant, dot, field, variable, function or parenthesized pipeline; None if it is none of them."""
+        token = self.next_word()
+        kind, position, text = token
+        if kind == "identifier":
+            if text not in self.functions:
+                self.fail(f"function {quote(text)} not defined")
+            return _Word(position, text, kind)
+        if kind == "field":
+            return _Word(position, text, kind, (text[1:],))
+        if kind == "variable":
+            if text not in self.variables:
+                self.fail(f"undefined variable {quote(text)}")
+            return _Word(position, text, kind, (text,))
+        if kind in ("dot", "nil"):
+            return _Word(position, text, kind)
+        if kind == "bool":
+            return _Word(position, text, kind, text == "true")
+        if kind in ("string", "raw"):
+            return _Word(position, text, "string", self.unquoted(token))
+        if kind in ("number", "complex", "character"):
+            try:
+                return _Word(position, text, "number", _Number(text, kind))
+            except ValueError as error:
+                self.fail(str(error))
+        if kind == "open":
+            if self.parentheses >= _MAX_PARENTHESES:
+                self.fail("max expression depth exceeded")
+            self.parentheses += 1
+            pipe = self.pipeline("parenthesized pipeline", "close")
+            self.parentheses -= 1
+            return pipe
+        self.ahead.append(token)
+        return None
+
+
+def _is_empty(tree: list[Any]) -> bool:
+    """Whether a template has nothing but space in it: such a one yields to another of its name."""
+    return all(type(node) is _Text and not node.text.strip(_SPACE + "\v\f\x85\xa0") for node in tree)
+
+
+# ---- what compiled templates call ---------------------------------------------------------------------
+# Values in here may be INVALID (Go's zero reflect.Value: a missing key) or None (a nil interface). A ValueError
+# becomes `error calling NAME: ...`, a _Failure stands for itself.
+
+def _fail(message: str) -> NoReturn:
+    raise _Failure(message)
+
+
+def _field(receiver: Any, name: str, element: bool, missingkey: str) -> Any:
+    """.name of a value (exec.go evalField). element: the value came out of a map or list, so Go sees an interface."""
+    if receiver is INVALID:
+        return _fail(f"nil data; no entry for key {quote(name)}") if missingkey == "error" else INVALID
+    if receiver is None:
+        _fail(f"nil pointer evaluating interface {{}}.{name}")
+    kind = type(receiver)
+    if name in GO_METHODS.get(kind, ()):
+        return _method(receiver, name)()
+    if name in GO_FIELDS.get(kind, ()):
+        return getattr(receiver, name)
+    if isinstance(receiver, dict):
+        value = receiver.get(name, INVALID)
+        if value is INVALID and missingkey == "error":
+            _fail(f"map has no entry for key {quote(name)}")
+        return None if value is INVALID and missingkey == "zero" else value
+    _fail(f"can't evaluate field {name} in type "
+          + ("interface {}" if element and kind not in GO_FIELDS else go_type(receiver)))
+
+
+def _method(receiver: Any, name: str) -> Callable[..., Any]:
+    """The method of a value as a function that checks its arguments; a field or key cannot take arguments."""
+    if receiver is INVALID:
+        return lambda *arguments: INVALID
+    if receiver is None:
+        _fail(f"nil pointer evaluating interface {{}}.{name}")
+    function = GO_METHODS.get(type(receiver), {}).get(name)
+    if function is None:
+        if name in GO_FIELDS.get(type(receiver), ()) or isinstance(receiver, dict):
+            _fail(f"{name} is not a method but has arguments")
+        _fail(f"can't evaluate field {name} in type {go_type(receiver)}")
+
+    def call(*arguments: Any) -> Any:
+        if error := _wrong_count(function, len(arguments)):
+            _fail(error)
+        wanted = [*function.params, *function.params[-1:] * len(arguments)]
+        converted = [_convert(value, type_name) for value, type_name in zip(arguments, wanted, strict=False)]
+        try:
+            return function.call(receiver, *converted)
+        except Exception as error:
+            _fail(f"error calling {name}: {error}")
+    return call
+
+
+def _wrong_count(function: Func, got: int, shown: int | None = None) -> str:
+    """Go's error for a wrong number of arguments, or ""."""
+    wanted = len(function.params)
+    if function.variadic:
+        if got < wanted - 1:
+            shown = got if shown is None else shown
+            return f"wrong number of args for {function.name}: want at least {wanted - 1} got {shown}"
+    elif got != wanted:
+        return f"wrong number of args for {function.name}: want {wanted} got {got}"
+    return ""
+
+
+_NILLABLE: dict[str, Callable[[], Any]] = {  # Go types that nil converts to, and what a nil one is here
+    "any": lambda: None, "value": lambda: INVALID, "[]string": Strings, "[]int": Ints,
+    "[]interface {}": list, "map[string]interface {}": dict,
+}
+
+
+def _convert(value: Any, wanted: str) -> Any:
+    """A value as an argument of a Go type (exec.go validateType): no conversion but nil's, only a check."""
+    if value is INVALID:
+        return _NILLABLE[wanted]() if wanted in _NILLABLE else _fail(f"invalid value; expected {wanted}")
+    if wanted in ("any", "value"):
+        return value
+    found = "interface {}" if value is None else go_type(value)
+    if found != wanted:
+        _fail(f"wrong type for value; expected {wanted}; got {found}")
+    return value
+
+
+def _elements(value: Any) -> Sequence[Any]:
+    """What {{range}} visits: the elements of a list, the values of a map by the order of its keys, 0..n-1 of an int."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        return [value[key] for key in _sorted_keys(value)]
+    if value is INVALID or value is None:
+        return ()
+    if isinstance(value, int) and not isinstance(value, bool):
+        kind = type(value)
+        return range(value) if kind is int else [kind(number) for number in range(value)]
+    _fail(f"range can't iterate over {print_value(value)}")
+
+
+def _items(value: Any) -> Sequence[tuple[Any, Any]]:
+    """As _elements, each with its index or key."""
+    if isinstance(value, dict):
+        return [(key, value[key]) for key in _sorted_keys(value)]
+    if isinstance(value, int) and not isinstance(value, bool):
+        _fail(f"can't use {value} to iterate over more than one variable")
+    return list(enumerate(_elements(value)))
+
+
+def _sorted_keys(value: dict[str, Any]) -> list[str]:
+    return bytewise(value)
+
+
+
+# ---- Go's own functions -------------------------------------------------------------------------------
+
+_BASIC_KINDS = {bool: "bool", Uint8: "uint", int: "int", float: "float", complex: "complex", str: "string"}
+
+
+def _basic_kind(value: Any) -> str | None:
+    kind = type(value)
+    if kind in _BASIC_KINDS:
+        return _BASIC_KINDS[kind]
+    return next((name for base, name in _BASIC_KINDS.items() if isinstance(value, base)), None)
+
+
+def _equal(first: Any, *others: Any) -> bool:
+    """eq: whether the first argument equals any of the others."""
+    if not others:
+        raise ValueError("missing argument for comparison")
+    return any(_equal_two(first, other) for other in others)
+
+
+def _equal_two(one: Any, other: Any) -> bool:
+    kind, other_kind = _basic_kind(one), _basic_kind(other)
+    none, other_none = one is INVALID or one is None, other is INVALID or other is None
+    if kind == other_kind and kind is not None or {kind, other_kind} == {"int", "uint"}:
+        return bool(one == other)
+    if none or other_none:
+        return none and other_none
+    if kind != other_kind:
+        raise ValueError(f"incompatible types for comparison: {go_type(one)} and {go_type(other)}")
+    if _shape(one) is not _shape(other):
+        raise ValueError("non-comparable types " + sprintf("%s: ", one) + f"{go_type(one)}, {go_type(other)}: "
+                         + sprintf("%v", other))
+    if isinstance(other, (list, dict)):
+        raise ValueError("non-comparable type " + sprintf("%s: ", other) + go_type(other))
+    return bool(type(one) is type(other) and one == other)
+
+
+def _shape(value: Any) -> type:
+    return next((kind for kind in (list, dict) if isinstance(value, kind)), object)
+
+
+def _not_equal(one: Any, other: Any) -> bool:
+    """ne"""
+    return not _equal_two(one, other)
+
+
+def _less(one: Any, other: Any) -> bool:
+    """lt: numbers of one kind by value, strings by their bytes."""
+    kind, other_kind = _basic_kind(one), _basic_kind(other)
+    if kind is None or other_kind is None:
+        raise ValueError("invalid type for comparison")
+    if kind != other_kind and {kind, other_kind} != {"int", "uint"}:
+        raise ValueError(f"incompatible types for comparison: {go_type(one)} and {go_type(other)}")
+    if kind in ("bool", "complex"):
+        raise ValueError("invalid type for comparison")
+    if kind == "string" and not (one.isascii() and other.isascii()):
+        return _utf8(one) < _utf8(other)
+    return bool(one < other)
+
+
+def _less_or_equal(one: Any, other: Any) -> bool:
+    """le"""
+    return _less(one, other) or _equal_two(one, other)
+
+
+def _greater(one: Any, other: Any) -> bool:
+    """gt: not le, as in Go; so with NaN it is true."""
+    return not _less_or_equal(one, other)
+
+
+def _greater_or_equal(one: Any, other: Any) -> bool:
+    """ge: not lt"""
+    return not _less(one, other)
+
+
+def _position(index: Any, bound: int) -> int:
+    """An index or bound for index and slice, 0..bound."""
+    if index is INVALID or index is None:
+        raise ValueError("cannot index slice/array with nil")
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise ValueError(f"cannot index slice/array with type {go_type(index)}")
+    if not 0 <= index <= bound:
+        raise ValueError(f"index out of range: {int(index)}")
+    return index
+
+
+def _index(item: Any, *indexes: Any) -> Any:
+    """index: item[i][j]... of maps, lists and strings (whose elements are bytes)."""
+    if item is INVALID or item is None:
+        raise ValueError("index of untyped nil")
+    for index in indexes:
+        if item is None:
+            raise ValueError("index of nil pointer")
+        if isinstance(item, dict):
+            if index is INVALID or index is None:
+                raise ValueError("value is nil; should be of type string")
+            if not isinstance(index, str):
+                raise ValueError(f"value has type {go_type(index)}; should be string")
+            item = item.get(index)
+        elif isinstance(item, str):
+            data = _utf8(item)
+            if _position(index, len(data)) == len(data):
+                raise ValueError("reflect: string index out of range")
+            item = Uint8(data[index])
+        elif isinstance(item, list):
+            if _position(index, len(item)) == len(item):
+                raise ValueError("reflect: slice index out of range")
+            item = item[index]
+        else:
+            raise ValueError(f"can't index item of type {go_type(item)}")
+    return item
+
+
+def _slice(item: Any, *indexes: Any) -> Any:
+    """slice: item[i:j:k] of lists and strings (by bytes)."""
+    if item is INVALID or item is None:
+        raise ValueError("slice of untyped nil")
+    if len(indexes) > 3:
+        raise ValueError(f"too many slice indexes: {len(indexes)}")
+    if isinstance(item, str):
+        if len(indexes) == 3:
+            raise ValueError("cannot 3-index slice a string")
+        data: Any = _utf8(item)
+    elif isinstance(item, list):
+        data = item
+    else:
+        raise ValueError(f"can't slice item of type {go_type(item)}")
+    bounds = [0, len(data)]
+    bounds[:len(indexes)] = [_position(index, len(data)) for index in indexes]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        if low > high:
+            raise ValueError(f"invalid slice index: {low} > {high}")
+    part = data[bounds[0]:bounds[1]]
+    return part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else type(item)(part)
+
+
+def _length(item: Any) -> int:
+    """len of a string (in bytes), list or map."""
+    if isinstance(item, str):
+        return len(item) if item.isascii() else len(_utf8(item))
+    if isinstance(item, (list, dict)):
+        return len(item)
+    if item is None:
+        raise ValueError("len of nil pointer")
+    if item is INVALID:
+        raise ValueError("reflect: call of reflect.Value.Type on zero Value")
+    raise ValueError(f"len of type {go_type(item)}")
+
+
+def _call(shown: str, function: Any, *arguments: Any) -> Any:
+    """call: no value in a template is a function, so this is always an error, and Go's."""
+    if function is INVALID or function is None:
+        raise ValueError("call of nil")
+    raise ValueError(f"non-function {shown} of type {go_type(function)}")
+
+
+BUILTINS = {function.name: function for function in (  # and, or, not are never called: see _Compiler.invocation
+    Func("and", _fail, ("value", "value"), True), Func("or", _fail, ("value", "value"), True),
+    Func("not", _fail, ("value",), returns="bool"),
+    Func("eq", _equal, ("value", "value"), True, "bool"), Func("ne", _not_equal, ("value", "value"), returns="bool"),
+    Func("lt", _less, ("value", "value"), returns="bool"),
+    Func("le", _less_or_equal, ("value", "value"), returns="bool"),
+    Func("gt", _greater, ("value", "value"), returns="bool"),
+    Func("ge", _greater_or_equal, ("value", "value"), returns="bool"),
+    Func("index", _index, ("value", "value"), True), Func("slice", _slice, ("value", "value"), True),
+    Func("len", _length, ("value",), returns="int"), Func("call", _call, ("value", "value"), True),
+)}
+
+
+# ---- compiler -----------------------------------------------------------------------------------------
+# A template becomes Python functions, built as syntax trees (never as source text) and compiled once. Of the text
+# only constants get in; names are our own, and the code's globals are the table in _Compiler.world: nothing else of
+# Python is in reach. Every expression that can fail has a line number of its own, an index into `places`: the line
+# in a traceback tells the node, at no cost while nothing fails.
+
+_CODE_NAME = "<template>"
+_MAX_TEMPLATE_DEPTH = 100000  # Go's bound for templates that invoke each other
+_MAX_NESTING = 12  # deeper blocks and parentheses become functions of their own: Python's compiler has bounds
+_STACK = 1_000_000  # Python frames while a template is parsed or runs; they live on the heap
+_PYTHON_TYPES = {"string": "str", "int": "int", "bool": "bool", "float64": "float"}
+_SIMPLE_FORMAT = r"(?:[^%]|%[sdv%])*"
+
+
+class _Scope:
+    """What a node sees: variables (Go name, number, element), dot (a Python name; element: see _field), nesting.
+
+    boxed: variables are entries of the dict V, shared by the functions of one template, instead of Python locals.
+    loop: how break leaves: "for" (a statement of this function) or "return" (told to the caller).
+    """
+
+    __slots__ = ("variables", "dot", "element", "nesting", "boxed", "loop")
+
+    def __init__(self, boxed: bool) -> None:
+        self.variables: list[tuple[str, int, bool]] = []
+        self.dot, self.element, self.nesting, self.boxed, self.loop = "dot", False, 0, boxed, ""
+
+    def inner(self, **changes: Any) -> _Scope:
+        """A copy for a block inside, with changes; what it declares is not seen outside."""
+        scope = _Scope(self.boxed)
+        scope.variables, scope.dot, scope.element = list(self.variables), self.dot, self.element
+        scope.nesting, scope.loop = self.nesting + 1, self.loop
+        for name, value in changes.items():
+            setattr(scope, name, value)
+        return scope
+
+
+class _Compiler:
+    """Turns the trees of a template into Python functions; see compile()."""
+
+    def __init__(self, trees: Mapping[str, list[Any]], functions: Mapping[str, Func], missingkey: str) -> None:
+        self.trees, self.functions, self.missingkey = trees, functions, missingkey
+        self.entries: dict[str, str] = {}  # by template name: the function's
+        self.places: list[tuple[Any, str, str]] = [(None, "", "")]  # by line: node, template, function called
+        self.tree = ""  # the template that is compiled now
+        self.serial = 0
+        self.lasts: dict[Any, Any] = {}
+        self.known_names: dict[tuple[str, Any], Any] = {}
+        self.definitions: list[Any] = []
+        self.load, self.store = ast.Load(), ast.Store()
+        self.world: dict[str, Any] = {
+            "__builtins__": {}, "INVALID": INVALID, "type": type, "dict": dict, "str": str, "int": int, "bool": bool,
+            "float": float, "fail": _fail, "method": _method, "convert": _convert, "elements": _elements,
+            "items": _items, "show": print_value, "put": dict.__setitem__,
+            "field": lambda receiver, name, element: _field(receiver, name, element, missingkey),
+            "form": lambda form, value: sprintf(form, None if value is INVALID else value),
+        }
+
+    def compile(self) -> dict[str, Any]:
+        """The functions, by template name; each takes (out, dot, depth) and calls out with pieces of text."""
+        self.entries = {name: f"template{number}" for number, name in enumerate(self.trees)}
+        for name, tree in self.trees.items():
+            self.tree = name
+            scope = _Scope(boxed=_nesting(tree) > _MAX_NESTING)
+            scope.variables.append(("$", self.number(), False))
+            body = [self.make(ast.Assign, 0, [self.name("V", self.store)], self.make(ast.Dict, 0, [], []))]
+            body = body if scope.boxed else []
+            body.append(self.make(ast.Expr, 0, self.keep(scope, scope.variables[0][1], self.name("dot"))))
+            self.nodes(tree, scope, body)
+            self.define(self.entries[name], ("out", "dot", "depth"), body)
+        module = ast.Module(self.definitions, [])
+        exec(compile(module, _CODE_NAME, "exec", dont_inherit=True), self.world)
+        return {name: self.world[entry] for name, entry in self.entries.items()}
+
+    # -- pieces of Python --
+
+    def number(self) -> int:
+        """A number that no other variable or function of this template has."""
+        self.serial += 1
+        return self.serial
+
+    def place(self, node: Any, function: str = "") -> int:
+        """The line number that stands for a node (and the function that is called there)."""
+        self.places.append((node, self.tree, function))
+        return len(self.places) - 1
+
+    def make(self, kind: Any, line: int, *fields: Any) -> Any:
+        """A syntax tree node on a line."""
+        made = kind(*fields)
+        made.lineno = made.end_lineno = line or 1
+        made.col_offset = made.end_col_offset = 0
+        return made
+
+    def name(self, name: str, context: Any = None) -> Any:
+        """A name, to be read unless context says otherwise."""
+        key = name, context or self.load
+        if key not in self.known_names:  # one node serves everywhere: this halves the cost of a big template
+            self.known_names[key] = self.make(ast.Name, 0, *key)
+        return self.known_names[key]
+
+    def constant(self, value: Any) -> Any:
+        """A constant."""
+        return self.make(ast.Constant, 0, value)
+
+    def call(self, function: str, *arguments: Any, line: int = 0) -> Any:
+        """A call of a function of the world."""
+        return self.make(ast.Call, line, self.name(function), list(arguments), [])
+
+    def last(self, node: Any) -> Any:
+        """The node that Go touches last when it evaluates this one: errors that come after are reported there."""
+        outer = node
+        while type(node) is not _Word:
+            if node in self.lasts:  # deep parentheses ask again at each level
+                node = self.lasts[node]
+            elif type(node) is _Pipe:
+                node = node.commands[-1]
+            elif type(node) is _Chain:
+                node = node.base
+            else:
+                first = node.words[0]
+                node = node.words[-1] if type(first) is _Word and first.kind == "identifier" else first
+        self.lasts[outer] = node
+        return node
+
+    def fail(self, message: str, node: Any) -> Any:
+        """An expression that raises Go's error at a node."""
+        return self.call("fail", self.constant(message), line=self.place(node))
+
+    def bind(self, value: Any) -> tuple[Any, Any]:
+        """An expression that keeps its value in a new local name, and that name."""
+        name = f"t{self.number()}"
+        return self.make(ast.NamedExpr, 0, self.name(name, self.store), value), self.name(name)
+
+    def either(self, test: Any, then: Any, otherwise: Any) -> Any:
+        """`then if test else otherwise`"""
+        return self.make(ast.IfExp, 0, test, then, otherwise)
+
+    def compare(self, left: Any, operator: Any, right: Any) -> Any:
+        """`left operator right`"""
+        return self.make(ast.Compare, 0, left, [operator], [right])
+
+    def has_type(self, value: Any, type_name: str) -> Any:
+        """`type(value) is type_name`"""
+        return self.compare(self.call("type", value), ast.Is(), self.name(type_name))
+
+    def sequence(self, first: Any, then: Any) -> Any:
+        """Evaluate both in this order, give the second."""
+        pair = self.make(ast.Tuple, 0, [first, then], self.load)
+        return self.make(ast.Subscript, 0, pair, self.constant(1), self.load)
+
+    def define(self, name: str, parameters: Sequence[str], body: list[Any]) -> None:
+        """Add a function to the module."""
+        arguments = ast.arguments([], [self.make(ast.arg, 0, parameter, None) for parameter in parameters],
+                                  None, [], [], None, [])
+        body = body or [self.make(ast.Pass, 0)]
+        function = self.make(ast.FunctionDef, 0, name, arguments, body, [], None, None)
+        function.type_params = []
+        self.definitions.append(function)
+
+    # -- variables --
+
+    def keep(self, scope: _Scope, number: int, value: Any) -> Any:
+        """An expression that stores a value in a variable and gives it."""
+        if scope.boxed:
+            bound, name = self.bind(value)
+            return self.sequence(self.call("put", self.name("V"), self.constant(number), bound), name)
+        return self.make(ast.NamedExpr, 0, self.name(f"v{number}", self.store), value)
+
+    def find(self, name: str, variables: Sequence[tuple[str, int, bool]]) -> int | None:
+        """The number of the variable that a name means, the innermost one."""
+        return next((number for known, number, _ in reversed(variables) if known == name), None)
+
+    def variable(self, word: Any, scope: _Scope) -> tuple[Any, bool]:
+        """The value of a variable, and whether it is an element (see _field)."""
+        for name, number, element in reversed(scope.variables):
+            if name == word.value[0]:
+                line = self.place(word)
+                if scope.boxed:
+                    return self.make(ast.Subscript, line, self.name("V"), self.constant(number), self.load), element
+                return self.make(ast.Name, line, f"v{number}", self.load), element
+        return self.fail(f"undefined variable: {word.value[0]}", word), False
+
+    def store_names(self, pipe: _Pipe, value: Any, scope: _Scope, element: bool = False) -> Any:
+        """The value of a pipeline, stored in the variables that it declares or assigns."""
+        for name in pipe.names:
+            number = self.find(name, scope.variables) if pipe.assign else self.number()
+            if number is None:
+                return self.sequence(value, self.fail(f"undefined variable: {name}", self.last(pipe)))
+            value = self.keep(scope, number, value)
+            if not pipe.assign:
+                scope.variables.append((name, number, element))
+        return value
+
+    # -- statements --
+
+    def nodes(self, nodes: Sequence[Any], scope: _Scope, into: list[Any]) -> None:
+        """Append the statements for a list of nodes."""
+        for node in nodes:
+            kind = type(node)
+            if kind is _Text:
+                into.append(self.make(ast.Expr, 0, self.call("out", self.constant(node.text))))
+            elif kind is _Action:
+                value, type_name = self.pipeline(node.pipe, scope)
+                if not node.pipe.names:
+                    value = self.call("out", self.shown(value, type_name))
+                into.append(self.make(ast.Expr, 0, value))
+            elif kind is _Branch:
+                (self.range if node.keyword == "range" else self.condition)(node, scope.inner(), into)
+            elif kind is _Invoke:
+                self.invoke(node, scope, into)
+            elif scope.loop == "for":
+                into.append(self.make(ast.Break if node.text == "break" else ast.Continue, 0))
+            else:
+                into.append(self.make(ast.Return, 0, self.constant(node.text)))
+
+    def shown(self, value: Any, type_name: str) -> Any:
+        """A value as text, as {{value}} prints it."""
+        if type_name == "string":
+            return value
+        if type_name != "any":
+            return self.call("show", value)
+        bound, name = self.bind(value)
+        return self.either(self.has_type(bound, "str"), name, self.call("show", name))
+
+    def block(self, nodes: Sequence[Any], scope: _Scope) -> list[Any]:
+        """The statements of a nested list; where the nesting gets too deep, the call of a function that holds them."""
+        statements: list[Any] = []
+        if not scope.boxed or scope.nesting % _MAX_NESTING:
+            self.nodes(nodes, scope, statements)
+            return statements or [self.make(ast.Pass, 0)]
+        name = f"block{self.number()}"
+        parameters = dict.fromkeys(("out", "dot", scope.dot, "depth", "V"))
+        self.nodes(nodes, scope.inner(loop="return"), statements)
+        self.define(name, list(parameters), statements)
+        call = self.call(name, *map(self.name, parameters))
+        if not any(_jumps(node) for node in nodes):
+            return [self.make(ast.Expr, 0, call)]
+        bound, left = self.bind(call)  # None, "break" or "continue"
+        if scope.loop == "return":
+            leave = self.make(ast.Return, 0, left)
+        else:
+            leave = self.make(ast.If, 0, self.compare(left, ast.Eq(), self.constant("break")),
+                              [self.make(ast.Break, 0)], [self.make(ast.Continue, 0)])
+        return [self.make(ast.If, 0, bound, [leave], [])]
+
+    def condition(self, node: _Branch, scope: _Scope, into: list[Any]) -> None:
+        """{{if}} and {{with}}: Go's truth is Python's, since INVALID is false and structs are plain objects."""
+        value, _ = self.pipeline(node.pipe, scope)
+        inside = scope
+        if node.keyword == "with":
+            inside = scope.inner(dot=f"dot{self.number()}", element=False, nesting=scope.nesting)
+            value = self.make(ast.NamedExpr, 0, self.name(inside.dot, self.store), value)
+        body = self.block(node.body, inside.inner(nesting=inside.nesting))
+        otherwise = self.block(node.otherwise, scope) if node.otherwise else []
+        into.append(self.make(ast.If, 0, value, body, otherwise))
+
+    def range(self, node: _Branch, scope: _Scope, into: list[Any]) -> None:
+        """{{range}}: a Python for; with {{else}}, below an if."""
+        outside = len(scope.variables)
+        value, _ = self.pipeline(node.pipe, scope, element=True)
+        pairs = len(node.pipe.names) > 1
+        things = self.call("items" if pairs else "elements", value, line=self.place(self.last(node.pipe)))
+        dot, index = f"dot{self.number()}", f"index{self.number()}"
+        inside = scope.inner(dot=dot, element=True, loop="for", nesting=scope.nesting)
+        if node.pipe.assign:
+            numbers = [self.find(name, scope.variables[:outside]) for name in node.pipe.names]
+        else:
+            declared = scope.variables[len(scope.variables) - len(node.pipe.names):]
+            numbers = [number for _, number, _ in declared]
+        values = [index, dot] if pairs else [dot]
+        body = [self.make(ast.Expr, 0, self.keep(inside, number, self.name(value_name)))
+                for number, value_name in zip(numbers, values, strict=False) if number is not None]
+        body += self.block(node.body, inside)
+        target = self.name(dot, self.store)
+        if pairs:
+            target = self.make(ast.Tuple, 0, [self.name(index, self.store), target], self.store)
+        if not node.otherwise:
+            into.append(self.make(ast.For, 0, target, things, body, [], None))
+            return
+        bound, name = self.bind(things)
+        loop = self.make(ast.For, 0, target, name, body, [], None)
+        into.append(self.make(ast.If, 0, bound, [loop], self.block(node.otherwise, scope)))
+
+    def invoke(self, node: _Invoke, scope: _Scope, into: list[Any]) -> None:
+        """{{template}}: a call of another function, one level deeper."""
+        if node.name not in self.entries:
+            into.append(self.make(ast.Expr, 0, self.fail(f"template {quote(node.name)} not defined", node)))
+            return
+        too_deep = self.fail(f"exceeded maximum template depth ({_MAX_TEMPLATE_DEPTH})", node)
+        at_bound = self.compare(self.name("depth"), ast.Eq(), self.constant(_MAX_TEMPLATE_DEPTH))
+        into.append(self.make(ast.If, 0, at_bound, [self.make(ast.Expr, 0, too_deep)], []))
+        value = self.pipeline(node.pipe, scope)[0] if node.pipe else self.name("INVALID")
+        deeper = self.make(ast.BinOp, 0, self.name("depth"), ast.Add(), self.constant(1))
+        call = self.call(self.entries[node.name], self.name("out"), value, deeper, line=self.place(node))
+        into.append(self.make(ast.Expr, 0, call))
+
+    # -- expressions: each method gives a Python expression and its Go type, "any" where only the run will tell --
+
+    def pipeline(self, pipe: _Pipe, scope: _Scope, element: bool = False) -> tuple[Any, str]:
+        """The value of a pipeline; never None, since Go looks into the interface and finds nothing."""
+        value, type_name = None, ""
+        staged: list[Any] | None = [] if len(pipe.commands) > _MAX_NESTING else None
+        before: Any = pipe
+        for command in pipe.commands:
+            value, type_name = self.command(command, (value, type_name) if type_name else None, scope, before)
+            if type_name == "any":
+                bound, name = self.bind(value)
+                is_nil = self.compare(bound, ast.Is(), self.constant(None))
+                value = self.either(is_nil, self.name("INVALID"), name)
+            before = command
+            if staged is not None:
+                staged.append(self.make(ast.Assign, 0, [self.name("value", self.store)], value))
+                value = self.name("value")
+        if staged is not None:
+            value = self.outlined([*staged, self.make(ast.Return, 0, value)], scope)
+        return self.store_names(pipe, value, scope, element), type_name
+
+    def outlined(self, body: list[Any], scope: _Scope) -> Any:
+        """The call of a new function with this body: for expressions that are too deep for one."""
+        name = f"value{self.number()}"
+        parameters = list(dict.fromkeys(("dot", scope.dot, "depth", "V")))
+        self.define(name, parameters, body)
+        return self.call(name, *map(self.name, parameters))
+
+    def parentheses(self, pipe: _Pipe, scope: _Scope) -> tuple[Any, str]:
+        """The value of (pipeline)."""
+        scope.nesting += 1
+        value, type_name = self.pipeline(pipe, scope)
+        if scope.boxed and not scope.nesting % _MAX_NESTING:
+            value = self.outlined([self.make(ast.Return, 0, value)], scope)
+        scope.nesting -= 1
+        return value, type_name
+
+    def command(self, command: _Command, final: tuple[Any, str] | None, scope: _Scope, before: Any) -> tuple[Any, str]:
+        """The value of a command; final is what the pipeline hands it as last argument; before: the node until now."""
+        first, arguments = command.words[0], command.words[1:]
+        given = bool(arguments) or final is not None
+        if type(first) is _Word and first.kind == "identifier":
+            return self.function(first, command, arguments, final, scope)
+        if type(first) is _Chain or type(first) is _Word and (
+                first.kind == "field" or first.kind == "variable" and len(first.value) > 1):
+            return self.access(first, arguments, final, scope) if given else self.operand(first, scope)
+        if given:
+            node = first if type(first) is not _Pipe else self.last(before) if type(before) is _Command else before
+            failure = self.fail(f"can't give argument to non-function {first.show()}", node)
+            return (self.sequence(final[0], failure) if final else failure), "any"
+        if type(first) is _Word and first.kind == "nil":
+            return self.fail("nil is not a command", first), "any"
+        return self.operand(first, scope)
+
+    def operand(self, word: Any, scope: _Scope) -> tuple[Any, str]:
+        """The value of an operand that gets no arguments."""
+        if type(word) is _Pipe:
+            return self.parentheses(word, scope)
+        if type(word) is _Chain or word.kind in ("field", "variable") and word.value[word.kind == "variable":]:
+            receiver, names, element = self.receiver(word, scope)
+            return self.fields(receiver, names, element, self.last(word)), "any"
+        if word.kind == "variable":
+            return self.variable(word, scope)[0], "any"
+        if word.kind == "dot":
+            return self.name(scope.dot), "any"
+        if word.kind == "identifier":
+            return self.function(word, word, [], None, scope)
+        if word.kind == "number":
+            if not isinstance(word.value.ideal, int) or word.value.ideal < 1 << 63:
+                return self.constant(word.value.ideal), go_type(word.value.ideal)
+            return self.fail(f"{word.text} overflows int", word), "int"
+        return self.constant(word.value), go_type(word.value)
+
+    def receiver(self, word: Any, scope: _Scope) -> tuple[Any, tuple[str, ...], bool]:
+        """Where fields start: the value, the names of the fields, whether the value is an element (see _field)."""
+        if type(word) is _Chain:
+            if type(word.base) is _Word and word.base.kind == "nil":
+                return self.fail(f"indirection through explicit nil in {word.show()}", word), word.fields, False
+            return self.operand(word.base, scope)[0], word.fields, False
+        if word.kind == "field":
+            return self.name(scope.dot), word.value, scope.element
+        value, element = self.variable(word, scope)
+        return value, word.value[1:], element
+
+    def fields(self, value: Any, names: Sequence[str], element: bool, node: Any) -> Any:
+        """value.name.name...: dict lookups at once, all else through _field."""
+        line = self.place(node, names[-1] if names else "")
+        for name in names:
+            bound, local = (value, value) if type(value) is ast.Name else self.bind(value)
+            slow = self.call("field", local, self.constant(name), self.constant(element), line=line)
+            get = self.make(ast.Attribute, 0, local, "get", self.load)
+            fast = self.make(ast.Call, 0, get, [self.constant(name), self.name("INVALID")], [])
+            value, element = self.either(self.has_type(bound, "dict"), fast, slow), True
+            if self.missingkey in ("zero", "error"):
+                value = slow if local is bound else self.call("field", bound, *slow.args[1:], line=line)
+        return value
+
+    def access(self, word: Any, arguments: Sequence[Any], final: tuple[Any, str] | None,
+               scope: _Scope) -> tuple[Any, str]:
+        """Fields, the last of which gets arguments: it must be a method."""
+        receiver, names, element = self.receiver(word, scope)
+        value = self.fields(receiver, names[:-1], element, self.last(word))
+        line = self.place(self.last(word), names[-1])
+        method = self.call("method", value, self.constant(names[-1]), line=line)
+        values = [self.argument(argument, "any", scope) for argument in arguments]
+        if final is None:
+            return self.make(ast.Call, line, method, values, []), "any"
+        bound, name = self.bind(final[0])
+        return self.sequence(bound, self.make(ast.Call, line, method, [*values, name], [])), "any"
+
+    def function(self, word: _Word, node: Any, arguments: Sequence[Any], final: tuple[Any, str] | None,
+                 scope: _Scope) -> tuple[Any, str]:
+        """A function call; node is what an error quotes."""
+        function = self.functions[word.text]
+        early, last = None, final[0] if final else None
+        plain = all(type(argument) is _Word and argument.kind in ("string", "number", "bool", "dot")
+                    for argument in arguments)
+        if final and not plain:  # Go evaluates the earlier command first
+            early, last = self.bind(final[0])
+        if error := _wrong_count(function, len(arguments) + bool(final), len(arguments)):
+            value, type_name = self.fail(error, word), "any"
+            early = final[0] if final else None
+        else:
+            wanted = [*function.params, *function.params[-1:] * (len(arguments) + 1)]
+            inline = None
+            if function is FUNCTIONS.get("printf"):
+                inline = self.simple_format(arguments, (last, final[1]) if final else None, scope)
+            if inline is not None:
+                value = inline
+            else:
+                values = [self.argument(argument, want, scope) for argument, want in zip(arguments, wanted, strict=False)]
+                if final:
+                    at = arguments[-1] if arguments else word
+                    values.append(self.converted(last, final[1], wanted[len(arguments)], at))
+                value = self.invocation(function, node, values, arguments)
+            type_name = function.returns
+        return (self.sequence(early, value) if early is not None else value), type_name
+
+    def invocation(self, function: Func, node: Any, values: list[Any], arguments: Sequence[Any]) -> Any:
+        """The Python expression for a call with these values."""
+        if function is BUILTINS["not"]:
+            return self.make(ast.UnaryOp, 0, ast.Not(), values[0])
+        if function is BUILTINS["and"] or function is BUILTINS["or"]:
+            operator = ast.And() if function.name == "and" else ast.Or()
+            return self.make(ast.BoolOp, 0, operator, values) if len(values) > 1 else values[0]
+        if function is BUILTINS["call"]:
+            values = [self.constant(arguments[0].show() if arguments else None), *values]
+        name = f"call_{function.name}"
+        self.world[name] = function.call
+        return self.call(name, *values, line=self.place(node, function.name))
+
+    def simple_format(self, arguments: Sequence[Any], final: tuple[Any, str] | None, scope: _Scope) -> Any:
+        """printf as a Python f-string where its format is a constant with nothing but %s, %d, %v and %%; else None."""
+        first = arguments[0] if arguments else None
+        if type(first) is not _Word or first.kind != "string" or not re.fullmatch(_SIMPLE_FORMAT, first.value):
+            return None
+        pieces = re.split("%([sdv%])", first.value)
+        if sum(verb != "%" for verb in pieces[1::2]) != len(arguments) - 1 + bool(final):
+            return None
+        values = [self.argument_value(argument, "any", scope) for argument in arguments[1:]]
+        values += [final] if final else []
+        parts: list[Any] = []
+        for literal, verb in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            parts.append(self.constant(literal + "%" * (verb == "%")))
+            if verb in ("s", "d", "v"):
+                value, type_name = values.pop(0)
+                exact = "int" if verb == "d" else "string"
+                if type_name != exact:
+                    bound, name = self.bind(value)
+                    value = self.either(self.has_type(bound, _PYTHON_TYPES[exact]), name,
+                                        self.call("form", self.constant("%" + verb), name))
+                parts.append(self.make(ast.FormattedValue, 0, value, -1, None))
+        return self.make(ast.JoinedStr, 0, parts)
+
+    def argument(self, word: Any, wanted: str, scope: _Scope) -> Any:
+        """An operand as an argument of a Go type."""
+        return self.argument_value(word, wanted, scope)[0]
+
+    def argument_value(self, word: Any, wanted: str, scope: _Scope) -> tuple[Any, str]:
+        """As argument, with the Go type it is known to have."""
+        kind = word.kind if type(word) is _Word else ""
+        if kind == "nil":
+            if wanted not in _NILLABLE:
+                return self.fail(f"cannot assign nil to {wanted}", word), "any"
+            return self.converted(self.name("INVALID"), "any", wanted, word), "any"
+        if kind in ("string", "number", "bool"):
+            return self.constant_argument(word, wanted, scope), go_type(word.value) if kind != "number" else "any"
+        value, type_name = self.operand(word, scope)
+        return self.converted(value, type_name, wanted, word), type_name
+
+    def constant_argument(self, word: _Word, wanted: str, scope: _Scope) -> Any:
+        """A constant as an argument: the only place where Go converts, since constants have no type."""
+        if wanted in ("any", "value"):
+            return self.operand(word, scope)[0]
+        if wanted not in _PYTHON_TYPES:
+            return self.fail(f"can't handle {word.show()} for arg of type {wanted}", word)
+        value = word.value
+        if word.kind == "number":
+            value = value.integer if wanted == "int" else value.floating if wanted == "float64" else None
+        elif word.kind != wanted:
+            value = None
+        if value is None:
+            expected = {"int": "integer", "float64": "float"}.get(wanted, wanted)
+            return self.fail(f"expected {expected}; found {word.show()}", word)
+        return self.constant(value)
+
+    def converted(self, value: Any, type_name: str, wanted: str, node: Any) -> Any:
+        """A value checked against the Go type that a function wants; node is where Go reports a mismatch."""
+        if type_name == wanted or wanted == "value" or wanted == "any" and type_name != "any":
+            return value
+        bound, name = self.bind(value)
+        if wanted == "any":
+            return self.either(self.compare(bound, ast.Is(), self.name("INVALID")), self.constant(None), name)
+        line = self.place(self.last(node))
+        if wanted not in _PYTHON_TYPES:
+            return self.call("convert", value, self.constant(wanted), line=line)
+        slow = self.call("convert", name, self.constant(wanted), line=line)
+        return self.either(self.has_type(bound, _PYTHON_TYPES[wanted]), name, slow)
+
+
+def _jumps(node: Any) -> bool:
+    """Whether a {{break}} or {{continue}} in this node leaves a range outside it."""
+    if type(node) is _Branch and node.keyword != "range":
+        for inner in (*node.body, *(node.otherwise or ())):
+            if _jumps(inner):
+                return True
+    elif type(node) is _Branch:  # its body is its own, its {{else}} is not
+        for inner in node.otherwise or ():
+            if _jumps(inner):
+                return True
+    return type(node) is _Jump
+
+
+def _nesting(nodes: Sequence[Any]) -> int:
+    """How deep blocks and parentheses are nested; a long pipeline counts as deep."""
+    deepest = 0
+    for node in nodes:
+        depth = 0
+        if type(node) is _Pipe:
+            depth = _MAX_NESTING + 1 if len(node.commands) > _MAX_NESTING else 1 + _nesting(node.commands)
+        elif type(node) is _Command:
+            depth = _nesting(node.words)
+        elif type(node) is _Chain:
+            depth = _MAX_NESTING + 1 if len(node.fields) > _MAX_NESTING else _nesting([node.base])
+        elif type(node) in (_Action, _Invoke):
+            depth = _nesting([node.pipe])
+        elif type(node) is _Branch:
+            depth = 1 + max(_nesting([node.pipe]), _nesting(node.body), _nesting(node.otherwise or ()))
+        deepest = max(deepest, depth)
+    return deepest
+
+
+# ---- the door -----------------------------------------------------------------------------------------
+
+def _deep(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with room for deep recursion in Python code."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _STACK))
+    try:
+        return function(*arguments)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+_GO_ANNOTATIONS = {"str": "string", "int": "int", "bool": "bool", "float": "float64"}
+
+
+def _as_func(name: str, function: Any) -> Func:
+    """A Python callable as a template function: arity and, where annotated, types from its signature."""
+    if isinstance(function, Func):
+        return function
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return Func(name, function, ("any",), True)
+    bound = getattr(function, "__self__", None) is not None
+    names = code.co_varnames[bound:code.co_argcount]
+    required = len(names) - len(function.__defaults__ or ())
+    annotations = getattr(function, "__annotations__", {})
+    params = []
+    for parameter in names[:required]:
+        annotation = annotations.get(parameter)
+        params.append(_GO_ANNOTATIONS.get(str(getattr(annotation, "__name__", annotation)), "any"))
+    if required < len(names) or code.co_flags & 0x04:  # 0x04: it takes *arguments
+        return Func(name, function, (*params, "any"), True)
+    return Func(name, function, tuple(params))
+
+
+class Template:
+    """A Go template (text/template of Go 1.27), compiled.
+
+    text is the template, name its name in errors, functions what it can call beside Go's and confd's own (Func, or
+    any Python callable), missingkey Go's option: "default" or "invalid", "zero", "error". Raises TemplateError.
+    """
+
+    def __init__(self, text: str, name: str = "t", functions: Mapping[str, Any] | None = None,
+                 missingkey: str = "default") -> None:
+        if missingkey not in ("default", "invalid", "zero", "error"):
+            raise UsageError(f'missingkey is default, invalid, zero or error, not "{missingkey}"')
+        table = {**BUILTINS, **FUNCTIONS}
+        table.update((key, _as_func(key, function)) for key, function in (functions or {}).items())
+        self.text, self.name = text, name
+        parser = _Parser(text, name, table)
+        compiler = _Compiler(parser.trees, table, missingkey)
+        collecting = gc.isenabled()
+        gc.disable()  # all that is made here lives until the end: looking for garbage would take half the time
+        try:
+            _deep(parser.parse)
+            self._run = _deep(compiler.compile)[name]
+        except (RecursionError, MemoryError):
+            raise TemplateError(f"template: {name}:1: max expression depth exceeded", "parse") from None
+        finally:
+            if collecting:
+                gc.enable()
+        self._calls, self._places, self._world = parser.calls, compiler.places, compiler.world
+
+    @property
+    def calls(self) -> list[tuple[str, tuple[str | None, ...], int]]:
+        """The function calls in the text: name, constant string arguments (None for any other), line."""
+        return [(name, arguments, 1 + self.text.count("\n", 0, position)) for name, arguments, position in self._calls]
+
+    def render(self, data: Any = None) -> str:
+        """Execute with data as the dot. Raises TemplateError (stage "exec", partial)."""
+        pieces: list[str] = []
+        try:
+            _deep(self._run, pieces.append, INVALID if data is None else data, 0)
+        except Exception as error:
+            raise TemplateError(_deep(self._explain, error), "exec", "".join(pieces)) from None
+        text = "".join(pieces)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # halves of a character that were cut apart may have met again
+            text = _utf8(text).decode("utf-8", "surrogateescape")
+        return text
+
+    def _explain(self, error: Exception) -> str:
+        """Go's message for what went wrong, with the place that the traceback tells."""
+        line, trace = 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals is self._world:
+                line = trace.tb_lineno or 0
+            trace = trace.tb_next
+        node, tree, function = self._places[line]
+        if isinstance(error, _Failure):
+            message = str(error)
+        elif isinstance(error, (UnboundLocalError, KeyError)) and type(node) is _Word and node.kind == "variable":
+            message = f"undefined variable: {node.value[0]}"
+        elif isinstance(error, RecursionError):
+            message = f"exceeded maximum template depth ({_MAX_TEMPLATE_DEPTH})"
+        else:
+            message = f"error calling {function}: {reason(error)}"
+        if node is None:
+            return f"template: {self.name}: {message}"
+        start = self.text.rfind("\n", 0, node.position) + 1
+        column = len(_utf8(self.text[start:node.position]))
+        place = f"{self.name}:{1 + self.text.count(chr(10), 0, node.position)}:{column}"
+        return f"template: {place}: executing {quote(tree)} at <{node.show()}>: {message}"
 
 
 # ======================================================================================================
