@@ -579,12 +579,15 @@ def parse_resolv_conf(text: str, environ: Mapping[str, str] = {}, source: str = 
     for line in text.splitlines():
         word, *rest = line.split() or [""]
         if word == "nameserver" and rest and len(config.servers) < DNS_MAX_SERVERS:
-            address, _, port = rest[0].removeprefix("[").partition("]:")
+            address, _, port_text = rest[0].removeprefix("[").partition("]:")
             try:
                 _socket_address(address, 0)
-                config.servers.append((address, int(port or DNS_PORT)))
+                port = int(port_text or DNS_PORT)
+                if not 0 < port < 65536:
+                    raise ValueError
+                config.servers.append((address, port))
             except (OSError, ValueError):
-                log.warning(f"ignoring nameserver {rest[0]}: not an address", file=source)
+                log.debug(f"ignoring nameserver {rest[0]}: not an address", file=source)
         elif word in ("search", "domain") and rest:
             config.search = rest if word == "search" else rest[:1]  # the last line of either kind wins
         elif word == "options":
@@ -647,7 +650,10 @@ def _socket_address(address: str, port: int) -> tuple[Any, ...]:
 def is_address(text: str) -> bool:
     """Whether the text is an IPv4 or IPv6 address (with or without scope), not a name."""
     try:
-        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text.partition("%")[0])
+        if ":" in text:
+            socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        else:
+            socket.inet_pton(socket.AF_INET, text)
     except (OSError, ValueError):
         return False
     return True
@@ -712,7 +718,7 @@ def _ask_tcp(server: tuple[str, int], query: bytes, until: float) -> bytes:
             connection.settimeout(_time_left(until))
             piece = connection.recv(65537 - len(data))
             if not piece:
-                raise OSError(errno.ECONNRESET, "closed the TCP connection before its answer was whole")
+                raise OSError(errno.ECONNRESET, "closed the connection before its answer was whole")
             data += piece
             size = 2 + int.from_bytes(data[:2], "big") if len(data) > 1 else 2
         return bytes(data[2:size])
@@ -735,7 +741,11 @@ def _ask_server(server: tuple[str, int], name: str, type: int, edns: bool, patie
         whole = False
     if not whole:
         id = int.from_bytes(os.urandom(2), "big")
-        data = _ask_tcp(server, encode_dns_query(id, name, type, edns), min(deadline, now() + patience))
+        try:
+            data = _ask_tcp(server, encode_dns_query(id, name, type, edns), min(deadline, now() + patience))
+        except OSError as error:  # a firewall that passes UDP alone is a classic: say that it is TCP
+            kind = TimeoutError if isinstance(error, TimeoutError) else OSError
+            raise kind(errno.EIO, f"over TCP: {reason(error)}") from None
         message = decode_dns_message(data)
         if message.flags & _DNS_TRUNCATED or not message.answers_to(id, name, type):
             raise ValueError("sent something else over TCP")
@@ -777,9 +787,9 @@ def _ask(name: str, type: int, config: DnsConfig, deadline: float) -> DnsMessage
         try:
             message = _ask_server(server, name, type, not again and server not in _dns_plain, patience, deadline)
             failure = _dns_failure(message)
-        except TimeoutError:
+        except TimeoutError as error:
             _dns_silent[server] = now()
-            failure = DnsTimeout, f"no answer in {now() - start:.1f}s"
+            failure = DnsTimeout, f"{reason(error)} after {now() - start:.1f}s"
         except OSError as error:
             failure = DnsServfail, reason(error)
         except ValueError as error:

@@ -48,6 +48,7 @@ etcd1 IN A 127.0.0.1
 etcd1 30 IN AAAA ::1
 etcd2 IN A 127.0.0.2
 etcd3 IN A 127.0.0.3
+alias IN CNAME etcd1
 _chain._tcp 20 IN CNAME _chain2._tcp
 _chain2._tcp 10 IN CNAME _etcd-client._tcp
 _loop._tcp IN CNAME _pool._tcp
@@ -178,23 +179,24 @@ def srv(name: str, target: str, port: int = 2379, priority: int = 0, weight: int
 
 
 class Liar:
-    """A server on UDP and TCP that answers as its `reply` says: a list of datagrams (over TCP: of messages).
+    """A server on UDP, and TCP, that answers as its `reply` says: a list of datagrams (over TCP: of messages).
 
     seen: all queries. elsewhere: a UDP socket with another port, for answers from there; peer: who asked last.
     """
 
-    def __init__(self, reply: Callable[[Query], list[bytes]], address: str = "127.0.0.1") -> None:
+    def __init__(self, reply: Callable[[Query], list[bytes]], address: str = "127.0.0.1", tcp: bool = True) -> None:
         self.reply = reply
         self.seen: list[Query] = []
         self.peer: tuple[str, int] = ("", 0)
-        self.port = free_port()
-        self.server = (address, self.port)
-        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.server = (address, free_port())
+        self.family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.udp = socket.socket(self.family, socket.SOCK_DGRAM)
         self.udp.bind(self.server)
-        self.elsewhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.elsewhere = socket.socket(self.family, socket.SOCK_DGRAM)
         self.elsewhere.bind((address, 0))
-        self.tcp = socket.create_server(self.server)
-        self.threads = [threading.Thread(target=run, daemon=True) for run in (self.serve_udp, self.serve_tcp)]
+        self.tcp = socket.create_server(self.server, family=self.family) if tcp else None
+        serve = (self.serve_udp, self.serve_tcp) if tcp else (self.serve_udp,)
+        self.threads = [threading.Thread(target=run, daemon=True) for run in serve]
 
     def serve_udp(self) -> None:
         while True:
@@ -207,7 +209,7 @@ class Liar:
                 self.udp.sendto(answer, self.peer)
 
     def serve_tcp(self) -> None:
-        while True:
+        while self.tcp:
             connection, _ = self.tcp.accept()
             with connection, suppress(OSError):
                 connection.settimeout(20)
@@ -225,10 +227,12 @@ class Liar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+        with socket.socket(self.family, socket.SOCK_DGRAM) as end:
             end.sendto(b"", self.server)
-        socket.create_connection(self.server).close()
+        if self.tcp:
+            socket.create_connection(self.server).close()
         for thread in self.threads:
             thread.join(10)
         for each in (self.udp, self.elsewhere, self.tcp):
-            each.close()
+            if each:
+                each.close()
