@@ -434,7 +434,7 @@ _DNS_PLAIN = bytes(c for c in range(33, 127) if c not in b".\\")  # what a label
 def encode_dns_name(name: str) -> bytes:
     """A name in wire form, uncompressed (RFC 1035, 3.1). DnsBadName if it cannot be one."""
     wire = bytearray()
-    for label in name.removesuffix(".").split(".") if name != "." else ():
+    for label in name.split(".") if name != "." else ():
         octets = label.encode("utf-8", "replace")
         if not 0 < len(octets) < 64 or octets.translate(None, _DNS_PLAIN):
             raise DnsBadName(f'cannot look up "{name}": not a DNS name (1 to 63 ASCII characters between two dots; '
