@@ -1022,9 +1022,715 @@ def host_addresses(host: str) -> list[str]:
 
 # ======================================================================================================
 # ETCD
-# Endpoints, HTTP/1.1, the v3 JSON gateway, the v2 keys API. etcd API v3 (gRPC gateway) and v2 (keys).
-# Knows nothing of templates and files.
+# Endpoints, HTTP/1.1, the v3 JSON gateway, the v2 keys API. etcd API v3 (gRPC gateway) and v2 (keys),
+# RFC 9112. Knows nothing of templates and files.
 # ======================================================================================================
+
+CONNECT_TIMEOUT = 2.0  # seconds until a connection stands
+ANSWER_TIMEOUT = 5.0  # seconds until an answer is there; below the 7 s after which etcd itself gives up
+SLOWEST_ANSWER = 256 * 1024  # bytes a second that a large answer must bring to be waited for beyond that
+MAX_HEAD = 64 * 1024  # bytes of status line and header fields
+MAX_ANSWER = 16 * 1024 * 1024  # bytes of one answer; a v3 range that is larger is asked in smaller pages
+MAX_ANSWER_V2 = 64 * 1024 * 1024  # the v2 API has no pages
+PAGE = 5000  # keys in one range answer: fewer cost etcd more, as it counts what remains for each page
+MAX_RESTARTS = 5  # of a paged read whose revision was compacted meanwhile
+
+
+# ---- errors -------------------------------------------------------------------------------------------
+
+class EtcdError(Error):
+    """etcd refused or failed a request.
+
+    endpoint: its URL; request: what was asked, as in "read /lb"; text: etcd's message or what went wrong;
+    code: the gRPC status code (v3) or errorCode (v2), None if there is none.
+    """
+
+    def __init__(self, endpoint: str, request: str, text: str, code: int | None = None) -> None:
+        super().__init__(f"cannot {request} at etcd {endpoint}: {text}" if endpoint else f"cannot {request}: {text}")
+        self.endpoint, self.request, self.text, self.code = endpoint, request, text, code
+
+
+class EtcdUnreachable(EtcdError):
+    """No connection, no answer in time, or an answer that says that the member cannot serve now."""
+
+    exit_code = EXIT_NO_ETCD
+
+
+class EtcdDenied(EtcdError):
+    """Authentication or permission is missing or wrong."""
+
+
+class EtcdCompacted(EtcdError):
+    """The revision (v2: index) that was asked for is not there, or not there any more."""
+
+
+class EtcdNoGateway(EtcdError):
+    """The endpoint serves no path of the v3 JSON gateway."""
+
+
+class EtcdAnswerError(EtcdError):
+    """What came back is not an answer of etcd: garbage, or half of one."""
+
+
+class EtcdTooBig(EtcdAnswerError):
+    """The answer is larger than this program or etcd's gateway takes: ask for less."""
+
+
+# ---- HTTP/1.1, without sockets ------------------------------------------------------------------------
+
+class TooBig(ValueError):
+    """An HTTP answer exceeds its bound."""
+
+
+class Answer:
+    """One HTTP/1.1 answer, fed with bytes as they arrive.
+
+    feed() takes what was received, b"" for the end of the connection, and raises ValueError with the
+    reason for anything that is not HTTP, ends early or is too big. `head_done` says that status and headers
+    stand, `done` that the body is whole. take() hands out body bytes as they come, for endless answers.
+    """
+
+    __slots__ = ("status", "headers", "body", "head_done", "done", "keep_alive", "limit", "_pending", "_left", "_step")
+
+    def __init__(self, limit: int = MAX_ANSWER) -> None:
+        """limit: the most body bytes that may be gathered at a time."""
+        self.status, self.headers, self.body = 0, dict[str, str](), bytearray()
+        self.head_done = self.done = self.keep_alive = False
+        self.limit = limit
+        self._pending = bytearray()  # received, not yet understood
+        self._left = 0  # bytes to come of the body or of the chunk
+        self._step: Callable[[], bool] = self._head  # reads one element; False when it needs more bytes
+
+    def feed(self, data: bytes) -> None:
+        """Take received bytes; b"" means that the other side has closed the connection."""
+        self._pending += data
+        while not self.done and self._step():
+            pass
+        if not data and not self.done:
+            if self._step != self._until_close:
+                raise ValueError("the connection was closed in the middle of the answer" if self._pending
+                                 or self.head_done else "the connection was closed without an answer")
+            self.done = True
+
+    def take(self) -> bytes:
+        """The body bytes that have arrived since the last call."""
+        data = bytes(self.body)
+        self.body.clear()
+        return data
+
+    def _head(self) -> bool:
+        end = self._pending.find(b"\r\n\r\n")
+        if end < 0 and len(self._pending) <= MAX_HEAD:
+            if not b"HTTP/1.".startswith(self._pending[:7]):
+                raise ValueError("the answer is not HTTP")
+            return False
+        if not 0 <= end <= MAX_HEAD:
+            raise TooBig(f"the header of the answer is larger than {MAX_HEAD} bytes")
+        status_line, *lines = self._pending[:end].decode("latin-1").split("\r\n")
+        del self._pending[:end + 4]
+        version, _, rest = status_line.partition(" ")
+        if version not in ("HTTP/1.0", "HTTP/1.1") or not (rest[:3].isascii() and rest[:3].isdigit() and len(rest) > 2):
+            raise ValueError("the answer is not HTTP")
+        self.status, self.headers = int(rest[:3]), {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not name or name != name.strip():
+                raise ValueError("the answer has a malformed header line")
+            self.headers[name.lower()] = value.strip()
+        if 100 <= self.status < 200:  # an interim answer; the real one follows
+            return True
+        self.head_done = True
+        self.keep_alive = version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
+        self._step = self._body_kind()
+        return True
+
+    def _body_kind(self) -> Callable[[], bool]:
+        coding, length = self.headers.get("transfer-encoding", "").lower(), self.headers.get("content-length")
+        if coding == "chunked":
+            return self._chunk_size
+        if coding:
+            raise ValueError(f"the answer has an unknown transfer encoding: {printable(coding[:40])}")
+        if self.status in (204, 304):
+            length = "0"
+        if length is None:
+            self.keep_alive = False
+            return self._until_close
+        if not (length.isascii() and length.isdigit() and len(length) < 16):
+            raise ValueError(f"the answer has a malformed Content-Length: {printable(length[:40])}")
+        self._left = int(length)
+        if self._left > self.limit:
+            raise TooBig(f"the answer of {self._left} bytes is larger than {self.limit}")
+        return self._sized
+
+    def _sized(self) -> bool:
+        self._move(self._left)
+        self.done = self._left == 0
+        return False
+
+    def _until_close(self) -> bool:
+        self._move(len(self._pending))
+        return False
+
+    def _chunk_size(self) -> bool:
+        end = self._pending.find(b"\r\n")
+        if end < 0 and len(self._pending) < 1024:
+            return False
+        digits = bytes(self._pending[:max(end, 0)]).partition(b";")[0].strip()
+        if not 0 < len(digits) <= 12 or digits.strip(b"0123456789abcdefABCDEF"):
+            raise ValueError("the answer has a malformed chunk")
+        del self._pending[:end + 2]
+        self._left = int(digits, 16)
+        self._step = self._chunk_data if self._left else self._trailer
+        return True
+
+    def _chunk_data(self) -> bool:
+        self._move(self._left)
+        if self._left or len(self._pending) < 2:
+            return False
+        if self._pending[:2] != b"\r\n":
+            raise ValueError("the answer has a malformed chunk")
+        del self._pending[:2]
+        self._step = self._chunk_size
+        return True
+
+    def _trailer(self) -> bool:
+        end = self._pending.find(b"\r\n")
+        if end < 0 or end > MAX_HEAD:
+            if len(self._pending) > MAX_HEAD:
+                raise TooBig(f"the trailer of the answer is larger than {MAX_HEAD} bytes")
+            return False
+        del self._pending[:end + 2]
+        self.done = end == 0
+        return not self.done
+
+    def _move(self, count: int) -> None:
+        """Move up to count received bytes to the body."""
+        part = self._pending[:count]
+        del self._pending[:count]
+        self.body += part
+        self._left -= len(part)
+        if len(self.body) > self.limit:
+            raise TooBig(f"the answer is larger than {self.limit} bytes")
+
+
+def http_request(method: str, target: str, host: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """The bytes of an HTTP/1.1 request. The body is complete: etcd answers nothing before it has all of it."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", f"User-Agent: etcdinit/{__version__}",
+             f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+# ---- connections --------------------------------------------------------------------------------------
+
+class Endpoint:
+    """Where one etcd member listens for clients: scheme, host (a name, or an address without brackets), port."""
+
+    __slots__ = ("scheme", "host", "port")
+
+    def __init__(self, scheme: str, host: str, port: int) -> None:
+        self.scheme, self.host, self.port = scheme, host, port
+
+    @property
+    def authority(self) -> str:
+        """host:port as it stands in a URL."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}"
+
+
+_ENDPOINT = r"(?:(https?)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/*"
+
+
+def parse_endpoint(text: str, scheme: str = "http") -> Endpoint:
+    """An endpoint from "http://host:port", "host:port", "host" (port 2379) or "[::1]:2379".
+
+    scheme: the one for an endpoint that names none. UsageError says what is wrong.
+    """
+    parts = re.fullmatch(_ENDPOINT, text.strip())
+    if not parts or not 0 < int(parts[3] or 2379) < 65536:
+        raise UsageError(f'not an etcd endpoint: "{printable(text)}"'
+                         " (examples: http://10.0.0.1:2379, etcd1:2379, https://[::1]:2379)")
+    return Endpoint(parts[1] or scheme, parts[2].strip("[]"), int(parts[3] or 2379))
+
+
+def wait_readable(fd: int, deadline: float, writable: bool = False) -> None:
+    """Wait until a descriptor can be read (or written); TimeoutError when the deadline has passed."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT if writable else select.POLLIN)
+    if not poll.poll(max(0.0, deadline - now()) * 1000):
+        raise TimeoutError(errno.ETIMEDOUT, "timed out")
+
+
+class Connection:
+    """One connection to an endpoint. Never blocks beyond the deadline that each call is given (see now())."""
+
+    __slots__ = ("endpoint", "used", "_socket")
+
+    def __init__(self, endpoint: Endpoint, deadline: float) -> None:
+        """Connect to the first address that takes it. OSError, TimeoutError."""
+        self.endpoint = endpoint
+        self.used = False  # an answer has come over it: it may have been closed meanwhile
+        addresses = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
+        for index, (family, kind, protocol, _, address) in enumerate(addresses):
+            self._socket = socket.socket(family, kind, protocol)
+            try:
+                share = (deadline - now()) / (len(addresses) - index)  # a dead address leaves time for the next
+                self._connect(address, now() + share)
+                return
+            except OSError:
+                self._socket.close()
+                if index == len(addresses) - 1:
+                    raise
+        raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
+
+    def _connect(self, address: Any, deadline: float) -> None:
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        failure = self._socket.connect_ex(address)
+        if failure == errno.EINPROGRESS:
+            wait_readable(self.fileno(), deadline, writable=True)
+            failure = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+
+    def fileno(self) -> int:
+        """The descriptor, for poll()."""
+        return self._socket.fileno()
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Send all of it. OSError, TimeoutError."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._socket.send(view):]
+            except BlockingIOError:
+                wait_readable(self.fileno(), deadline, writable=True)
+
+    def receive(self) -> bytes | None:
+        """What has arrived: b"" when the other side has closed, None when there is nothing now."""
+        try:
+            return self._socket.recv(64 * 1024)
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        """Close it; nothing more is sent."""
+        self._socket.close()
+
+    def exchange(self, request: bytes, timeout: float, limit: int = MAX_ANSWER) -> Answer:
+        """Send a request and return its whole answer.
+
+        OSError and TimeoutError from the network, ValueError (TooBig) for an answer that is none. The
+        deadline moves on only as fast as SLOWEST_ANSWER allows, so a dripping answer ends too.
+        """
+        deadline = now() + timeout
+        answer = Answer(limit)
+        self.send(request, deadline)
+        while not answer.done:
+            data = self.receive()
+            if data is None:
+                wait_readable(self.fileno(), min(deadline, now() + timeout))
+                continue
+            answer.feed(data)
+            deadline += len(data) / SLOWEST_ANSWER
+            if now() > deadline and not answer.done:
+                raise TimeoutError(errno.ETIMEDOUT, "timed out")
+        self.used = True
+        return answer
+
+
+# ---- what both APIs mean ------------------------------------------------------------------------------
+
+V3_BASES = ("/v3", "/v3beta", "/v3alpha")  # etcd 3.4 and later, 3.3, 3.2
+
+# A gRPC status code (v3) or errorCode (v2) and the error it is raised as; messages decide first where etcd gives
+# one code to different things.
+_V3_CODES = {4: EtcdUnreachable, 7: EtcdDenied, 8: EtcdTooBig, 14: EtcdUnreachable, 16: EtcdDenied}
+_V3_MESSAGES = (
+    ("has been compacted", EtcdCompacted), ("is a future revision", EtcdCompacted),
+    ("user name is empty", EtcdDenied), ("authentication failed", EtcdDenied), ("auth store is old", EtcdDenied),
+    ("CommonName of client", EtcdDenied), ("context deadline exceeded", EtcdUnreachable),
+    ("request timed out", EtcdUnreachable), ("no leader", EtcdUnreachable),
+)
+_V2_CODES = {110: EtcdDenied, 300: EtcdUnreachable, 301: EtcdUnreachable, 401: EtcdCompacted}
+
+
+def key_text(data: bytes) -> str:
+    """A key or value of etcd as text: UTF-8, other bytes as surrogates (surrogateescape)."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def key_bytes(text: str) -> bytes:
+    """The bytes of a key or value; the inverse of key_text()."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def base64_text(data: bytes) -> str:
+    """Standard base64 with padding, the only form that the gateway takes."""
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def range_end(prefix: bytes) -> bytes:
+    """The end of the range of all keys that begin with a prefix; b"\\0" means that there is no end."""
+    prefix = prefix.rstrip(b"\xff")
+    return prefix[:-1] + bytes((prefix[-1] + 1,)) if prefix else b"\0"
+
+
+def top_keys(keys: Iterable[str]) -> list[str]:
+    """The keys without those that lie below another one, sorted, without trailing slashes; "/" stays."""
+    tops: list[str] = []
+    for key in sorted({key.rstrip("/") + "/" if key else "" for key in keys}):
+        if not tops or not key.startswith(tops[-1]):
+            tops.append(key)
+    return sorted((key[:-1] if len(key) > 1 else key for key in tops), key=key_bytes)
+
+
+def key_ranges(keys: Iterable[str]) -> list[tuple[bytes, bytes, list[str]]]:
+    """The fewest ranges (start, end, the keys in it) that hold everything at and below the given keys.
+
+    A key and all below it is the range from KEY to before KEY0 ("0" follows "/"), which also holds siblings
+    as in KEY-x: what comes back is to be filtered. The key "" stands for all keys there are.
+    """
+    ranges: list[tuple[bytes, bytes, list[str]]] = []
+    for key in top_keys(keys):
+        if not key:
+            return [(b"\0", b"\0", [""])]
+        start = key_bytes(key)
+        end = range_end(start.rstrip(b"/") + b"/")
+        if ranges and start <= ranges[-1][1]:
+            first, last, inside = ranges.pop()
+            ranges.append((first, max(last, end), [*inside, key]))
+        else:
+            ranges.append((start, end, [key]))
+    return ranges
+
+
+def at_or_below(keys: Iterable[str]) -> Callable[[str], bool]:
+    """A test whether a key is one of the given ones or lies below one: /foo holds /foo/bar, not /foobar."""
+    exact = frozenset(keys)
+    prefixes = tuple(key.rstrip("/") + "/" if key else "" for key in exact)
+    return lambda key: key in exact or key.startswith(prefixes)
+
+
+def v3_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, str]:
+    """The error that a v3 answer means, its gRPC code and etcd's message.
+
+    Bodies of etcd 3.4, 3.5 and 3.6 differ ({"error", "message", "code"}, or {"error": {"grpc_code", ...}} in a
+    stream), and the gateway answers some faults in plain text.
+    """
+    code, message = None, ""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        data = None
+        message = body[:200].decode("utf-8", "replace").strip().partition("\n")[0]
+    if isinstance(data, dict):
+        inner = data.get("error")
+        data = inner if isinstance(inner, dict) else data
+        code = data.get("code", data.get("grpc_code"))
+        code = code if isinstance(code, int) else None
+        message = str(data.get("message") or data.get("error") or "")
+    message = printable(message[:500]) or f"HTTP status {status} without a message"
+    kind = _V3_CODES.get(code or 0, EtcdUnreachable if status >= 500 and code is None else EtcdError)
+    return next((found for text, found in _V3_MESSAGES if text in message), kind), code, message
+
+
+def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, str]:
+    """The error that a v2 answer means, its errorCode and etcd's message with its cause."""
+    try:
+        data = json.loads(body)
+        code, message, cause = data["errorCode"], str(data["message"]), str(data.get("cause") or "")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        kind, code, message = v3_failure(status, body)
+        return EtcdDenied if status == 401 else kind, code, message
+    kind = _V2_CODES.get(code, EtcdUnreachable if status >= 500 else EtcdError)
+    return kind, code, printable(f"{message} ({cause})"[:500] if cause else message[:500])
+
+
+def _v2_text(text: str) -> str:
+    return text if text.isascii() else key_text(text.encode("utf-8", "surrogatepass"))
+
+
+def v2_pairs(node: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The keys and values below a node of the v2 API."""
+    pairs, waiting = [], [node]
+    while waiting:
+        node = waiting.pop()
+        if node.get("dir"):
+            waiting.extend(node.get("nodes") or ())
+        else:
+            pairs.append((_v2_text(node["key"]), _v2_text(node.get("value", ""))))
+    return pairs
+
+
+def v2_target(key: str, query: str = "") -> str:
+    """The request target of a key in the v2 API."""
+    quoted = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 or byte in b"/-._~" else f"%{byte:02X}"
+                     for byte in key_bytes(key.rstrip("/")))
+    return f"/v2/keys{quoted}{'?' if query else ''}{query}"
+
+
+# ---- the client ---------------------------------------------------------------------------------------
+
+class Etcd:
+    """A client of one etcd cluster over plain HTTP/1.1: one kept connection, the next endpoint when one fails.
+
+    Raises EtcdError; a method name tells what is asked, the error which endpoint answered what.
+    """
+
+    __slots__ = ("api", "endpoints", "connect_timeout", "answer_timeout", "_connection", "_base")
+
+    def __init__(self, endpoints: Iterable[str], *, api: str = "auto", connect_timeout: float = CONNECT_TIMEOUT,
+                 answer_timeout: float = ANSWER_TIMEOUT) -> None:
+        """endpoints: URLs in order of preference; api: "auto" (asks the server: 3 unless it is not there), "2", "3"."""
+        if api not in ("auto", "2", "3"):
+            raise UsageError(f'not an etcd API: "{printable(api)}" (auto, 2 or 3)')
+        self.endpoints = [parse_endpoint(endpoint) for endpoint in endpoints]
+        if not self.endpoints:
+            raise UsageError("no etcd endpoint is given (example: ETCD_ENDPOINTS=http://10.0.0.1:2379)")
+        self.api = 0 if api == "auto" else int(api)  # 0 until the server was asked
+        self.connect_timeout, self.answer_timeout = connect_timeout, answer_timeout
+        self._connection: Connection | None = None
+        self._base = ""  # of the v3 gateway, once it answered
+
+    def close(self) -> None:
+        """Close the kept connection. The client can be used again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # -- reading
+
+    def read(self, keys: Iterable[str]) -> tuple[int, list[tuple[str, str]]]:
+        """Everything at and below the keys: the revision it was read at, and the keys with their values.
+
+        v3: all of one revision. v2 has no snapshots: the revision is the index before the first answer, so a
+        wait from there on misses nothing. A key that does not exist is no error.
+        """
+        tops = top_keys(keys)
+        if not tops:
+            return 0, []
+        return self._read_v2(tops) if self._version() == 2 else self._read_v3(tops)
+
+    def get(self, key: str) -> str | None:
+        """The value of one key, None if there is none."""
+        request = f"read {key}"
+        if self._version() == 2:
+            answer = self._v2("GET", v2_target(key, "quorum=true"), request, missing=True)
+            node = answer[1]
+            return None if node is None or node.get("dir") else _v2_text(str(node.get("value", "")))
+        data = self._v3("/kv/range", {"key": base64_text(key_bytes(key))}, request)
+        pairs = self._v3_pairs(data, request)
+        return pairs[0][1] if pairs else None
+
+    def _version(self) -> int:
+        """2 or 3: what was asked for, or what the server has."""
+        if not self.api:
+            try:
+                self._v3("/kv/range", {"key": "AA==", "count_only": True}, "find out the API")
+                self.api = 3
+            except EtcdDenied:
+                self.api = 3  # it is there
+            except EtcdNoGateway:
+                self._v2("GET", v2_target("/", "quorum=true"), "find out the API", missing=True)
+                self.api = 2
+                log.debug("the server has no v3 gateway, using the v2 API")
+        return self.api
+
+    def _read_v3(self, tops: list[str]) -> tuple[int, list[tuple[str, str]]]:
+        for restarts in range(MAX_RESTARTS + 1):
+            revision, pairs = 0, list[tuple[str, str]]()
+            try:
+                for start, end, inside in key_ranges(tops):
+                    try:
+                        revision = self._pages(start, end, revision, f"read {', '.join(inside)}", pairs)
+                    except EtcdDenied:
+                        revision = self._permitted(inside, revision, pairs)
+            except EtcdCompacted as error:
+                if restarts == MAX_RESTARTS:
+                    raise
+                log.debug("read again from the start", reason=error.text)
+                continue
+            wanted = at_or_below(tops)
+            return revision, [pair for pair in pairs if wanted(pair[0])]
+        raise AssertionError("not reached")
+
+    def _permitted(self, keys: list[str], revision: int, pairs: list[tuple[str, str]]) -> int:
+        """Read keys and what is below them one by one: a role may hold `/lb/` or the key `/lb/port` only."""
+        for key in keys:
+            denied: list[EtcdDenied] = []
+            start = key_bytes(key)
+            below = start.rstrip(b"/") + b"/"
+            for first, last in ((start, b""), (below, range_end(below))):
+                try:
+                    revision = self._pages(first, last, revision, f"read {key}", pairs)
+                except EtcdDenied as error:
+                    denied.append(error)
+            if len(denied) == 2:
+                raise denied[1]
+        return revision
+
+    def _pages(self, start: bytes, end: bytes, revision: int, request: str, pairs: list[tuple[str, str]]) -> int:
+        """Append a range to pairs, page by page at one revision (0: the newest); the revision."""
+        limit, more = PAGE, True
+        while more:
+            body: dict[str, Any] = {"key": base64_text(start), "limit": limit}
+            if end:
+                body["range_end"] = base64_text(end)
+            if revision:
+                body["revision"] = revision
+            try:
+                data = self._v3("/kv/range", body, request)
+            except EtcdTooBig:
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 2)
+                continue
+            page = self._v3_pairs(data, request)
+            pairs += page
+            revision = revision or int(data["header"]["revision"])
+            more = bool(data.get("more")) and bool(page)
+            if more:
+                start = key_bytes(page[-1][0]) + b"\0"
+        return revision
+
+    def _v3_pairs(self, data: dict[str, Any], request: str) -> list[tuple[str, str]]:
+        decode = binascii.a2b_base64
+        try:
+            int(data["header"]["revision"])
+            return [(decode(kv["key"]).decode("utf-8", "surrogateescape"),
+                     decode(kv.get("value", "")).decode("utf-8", "surrogateescape")) for kv in data.get("kvs") or ()]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise EtcdAnswerError(self._endpoint(), request, "the answer has not the form of a range") from None
+
+    def _read_v2(self, tops: list[str]) -> tuple[int, list[tuple[str, str]]]:
+        index, pairs = 0, list[tuple[str, str]]()
+        for key in tops:
+            request = f"read {key}"
+            found, node = self._v2("GET", v2_target(key, "recursive=true&quorum=true"), request, missing=True)
+            index = index or found
+            try:
+                pairs += v2_pairs(node or {"dir": True})
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise EtcdAnswerError(self._endpoint(), request, "the answer has not the form of a node") from None
+        return index, pairs
+
+    # -- one request
+
+    def _v3(self, path: str, body: Mapping[str, Any], request: str) -> dict[str, Any]:
+        """POST to the v3 gateway; the decoded answer."""
+        data = json.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}
+
+        def ask(endpoint: Endpoint) -> dict[str, Any]:
+            for base in dict.fromkeys((self._base or V3_BASES[0], *V3_BASES)):
+                message = http_request("POST", base + path, endpoint.authority, headers, data)
+                answer = self._exchange(endpoint, message, MAX_ANSWER, request)
+                if answer.status == 404 and answer.body[:1] != b"{":
+                    continue  # no such path, as opposed to a JSON error with code 5
+                self._base = base
+                if answer.status != 200:
+                    kind, code, text = v3_failure(answer.status, bytes(answer.body))
+                    raise kind(str(endpoint), request, text, code)
+                return self._object(answer, endpoint, request)
+            raise EtcdNoGateway(str(endpoint), request, "it has no v3 JSON gateway (needed: etcd 3 with"
+                                " --enable-grpc-gateway=true, or --enable-v2=true and ETCD_API=2)", 404)
+
+        found: dict[str, Any] = self._first(ask, request)
+        return found
+
+    def _v2(self, method: str, target: str, request: str, missing: bool = False) -> tuple[int, dict[str, Any] | None]:
+        """One request of the v2 keys API: X-Etcd-Index and the node; None for a missing key where that is no error."""
+
+        def ask(endpoint: Endpoint) -> tuple[int, dict[str, Any] | None]:
+            message = http_request(method, target, endpoint.authority, {})
+            answer = self._exchange(endpoint, message, MAX_ANSWER_V2, request)
+            digits = answer.headers.get("x-etcd-index", "")
+            index = int(digits) if digits.isascii() and digits.isdigit() else 0
+            if answer.status in (200, 201):
+                node = self._object(answer, endpoint, request).get("node")
+                if not isinstance(node, dict):
+                    raise EtcdAnswerError(str(endpoint), request, "the answer has not the form of a node")
+                return index, node
+            kind, code, text = v2_failure(answer.status, bytes(answer.body))
+            if code == 100 and missing:
+                return index, None
+            if answer.status == 404 and code is None:
+                text = "it has no v2 API (needed: etcd up to 3.5 with --enable-v2=true, or ETCD_API=3)"
+                if not self.api:
+                    text = "it has neither a v3 JSON gateway (--enable-grpc-gateway) nor a v2 API (--enable-v2=true)"
+            raise kind(str(endpoint), request, text, code)
+
+        found: tuple[int, dict[str, Any] | None] = self._first(ask, request)
+        return found
+
+    def _first(self, ask: Callable[[Endpoint], Any], request: str) -> Any:
+        """The answer of the first endpoint that gives one; the one that answered last is asked first."""
+        failures: list[EtcdError] = []
+        for endpoint in list(self.endpoints):
+            try:
+                answer = ask(endpoint)
+            except EtcdTooBig:
+                raise
+            except (EtcdUnreachable, EtcdAnswerError) as error:
+                self.close()
+                failures.append(error)
+                continue
+            if failures:  # stay with the one that works
+                self.endpoints.remove(endpoint)
+                self.endpoints.insert(0, endpoint)
+            return answer
+        if len(failures) == 1:
+            raise failures[0]
+        told = "; ".join(f"{failure.endpoint}: {failure.text}" for failure in failures)
+        raise EtcdUnreachable("", request, f"no etcd endpoint answers: {told}", failures[-1].code)
+
+    def _exchange(self, endpoint: Endpoint, message: bytes, limit: int, request: str) -> Answer:
+        """Send one HTTP request over the kept connection or a new one; the answer, whatever its status."""
+        while True:
+            connection = self._connection
+            if connection is None or connection.endpoint is not endpoint:
+                connection = self._connect(endpoint, request)
+            try:
+                answer = connection.exchange(message, self.answer_timeout, limit)
+            except (OSError, ValueError) as error:
+                self.close()
+                if isinstance(error, TimeoutError):
+                    text = f"no answer within {self.answer_timeout:g} s"
+                    raise EtcdUnreachable(str(endpoint), request, text) from None
+                if isinstance(error, TooBig):
+                    raise EtcdTooBig(str(endpoint), request, str(error)) from None
+                if connection.used:  # the server may have closed it since its last use: once more on a new one
+                    continue
+                kind = EtcdUnreachable if isinstance(error, OSError) else EtcdAnswerError
+                raise kind(str(endpoint), request, reason(error)) from None
+            if not answer.keep_alive:
+                self.close()
+            return answer
+
+    def _connect(self, endpoint: Endpoint, request: str) -> Connection:
+        self.close()
+        try:
+            self._connection = Connection(endpoint, now() + self.connect_timeout)
+        except OSError as error:
+            late = isinstance(error, TimeoutError)
+            text = f"no connection within {self.connect_timeout:g} s" if late else reason(error)
+            raise EtcdUnreachable(str(endpoint), request, text) from None
+        return self._connection
+
+    def _object(self, answer: Answer, endpoint: Endpoint, request: str) -> dict[str, Any]:
+        try:
+            data = json.loads(bytes(answer.body))
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise EtcdAnswerError(str(endpoint), request, f"the answer of {len(answer.body)} bytes is not a JSON object"
+                                  " (is it an etcd?)")
+        return data
+
+    def _endpoint(self) -> str:
+        return str(self._connection.endpoint if self._connection else self.endpoints[0])
 
 
 # ======================================================================================================
@@ -1593,7 +2299,7 @@ def format_float(value: float, verb: str = "g", precision: int | None = None) ->
         sign = "-" if value.hex()[0] == "-" else ""
         return f"{sign}{int(mantissa.replace('.', ''), 16)}p{max(int(exponent), -1022) - 52:+d}"
     if precision is not None:
-        return "%.*{}".format(verb) % (max(precision, 1) if verb in "gG" else precision, value)
+        return f"%.*{verb}" % (max(precision, 1) if verb in "gG" else precision, value)
     if verb in "gG" and (1e-4 <= abs(value) < 1e6 or value == 0):
         text = repr(value)
         return text[:-2] if text.endswith(".0") else text

@@ -11,6 +11,8 @@ import pytest
 from support import need
 from support.go import GoTemplates, go_tool
 
+pytest_plugins = ["support.etcd_server"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,336 @@
+"""ETCD: endpoints, the HTTP parser, reading through the v3 gateway and the v2 keys API, faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import need
+from support.etcd_server import EtcdServer, find_etcd
+
+from etcdinit import (
+    MAX_HEAD,
+    Answer,
+    Endpoint,
+    Error,
+    Etcd,
+    EtcdCompacted,
+    EtcdDenied,
+    EtcdError,
+    EtcdTooBig,
+    EtcdUnreachable,
+    KeyTree,
+    TooBig,
+    UsageError,
+    at_or_below,
+    http_request,
+    key_ranges,
+    parse_endpoint,
+    range_end,
+    top_keys,
+    v3_failure,
+)
+
+# ---- endpoints ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, url", [
+    ("http://10.0.0.1:2379", "http://10.0.0.1:2379"), ("10.0.0.1:4001", "http://10.0.0.1:4001"),
+    ("etcd1", "http://etcd1:2379"), ("https://etcd-1.example.org:443/", "https://etcd-1.example.org:443"),
+    ("[::1]:2379", "http://[::1]:2379"), ("https://[fd00::1]", "https://[fd00::1]:2379"), (" a_b:1 ", "http://a_b:1"),
+])
+def test_an_endpoint_is_read_in_all_its_forms(text: str, url: str) -> None:
+    assert str(parse_endpoint(text)) == url
+
+
+@pytest.mark.parametrize("text", ["", "http://", "ftp://a:1", "a:0", "a:65536", "a:b", "::1", "[::1", "a b", "a:1/x",
+                                  "u:p@a:1", "http://a:1\r\nX: y", "[::1]x", "a:-1"])
+def test_a_wrong_endpoint_is_quoted_with_examples(text: str) -> None:
+    with pytest.raises(UsageError, match="not an etcd endpoint: .*example") as caught:
+        parse_endpoint(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_endpoint_and_no_api_are_told() -> None:
+    with pytest.raises(UsageError, match="no etcd endpoint is given"):
+        Etcd([])
+    with pytest.raises(UsageError, match='not an etcd API: "4"'):
+        Etcd(["a:1"], api="4")
+
+
+# ---- ranges -------------------------------------------------------------------------------------------
+
+def test_keys_below_other_keys_are_not_asked_twice() -> None:
+    assert top_keys(["/a/b", "/a", "/a/", "/ab", "/a-b"]) == ["/a", "/a-b", "/ab"]
+    assert top_keys(["/x", "/"]) == ["/"]
+    assert top_keys(["/x", "", "/"]) == [""]
+    assert top_keys([]) == []
+
+
+def test_ranges_are_merged_to_the_fewest() -> None:
+    assert key_ranges(["/lb"]) == [(b"/lb", b"/lb0", ["/lb"])]
+    assert key_ranges(["/lb", "/lb-x", "/o"]) == [(b"/lb", b"/lb0", ["/lb", "/lb-x"]), (b"/o", b"/o0", ["/o"])]
+    assert key_ranges(["/"]) == [(b"/", b"0", ["/"])]
+    assert key_ranges(["", "/a"]) == [(b"\0", b"\0", [""])]
+    assert key_ranges([]) == []
+
+
+def test_the_end_of_a_prefix() -> None:
+    assert range_end(b"/a") == b"/b" and range_end(b"/a\xff\xff") == b"/b" and range_end(b"\xff") == b"\0"
+
+
+parts = st.lists(st.sampled_from(["a", "b", "a-", "a0", "\udcff"]), min_size=1, max_size=3)
+names = parts.map(lambda path: "/" + "/".join(path))
+
+
+@given(st.lists(names, max_size=5), st.lists(names, max_size=10))
+def test_ranges_and_boundaries_hold_what_was_asked_and_nothing_else(asked: list[str], stored: list[str]) -> None:
+    expected = [key for key in stored if any(key == ask or key.startswith(ask + "/") for ask in asked)]
+    ranges, wanted = key_ranges(asked), at_or_below(top_keys(asked))
+    raw = {key: key.encode("utf-8", "surrogateescape") for key in stored}
+    read = [key for key in stored if any(start <= raw[key] < end for start, end, _ in ranges)]
+    assert [key for key in read if wanted(key)] == expected
+    assert all(first[1] < second[0] for first, second in zip(ranges, ranges[1:], strict=False))
+
+
+# ---- the HTTP parser ----------------------------------------------------------------------------------
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def parsed(*parts: bytes, limit: int = 1000) -> Answer:
+    answer = Answer(limit)
+    for part in parts:
+        answer.feed(part)
+    return answer
+
+
+def test_an_answer_with_a_length() -> None:
+    answer = parsed(OK + b"Content-Length: 5\r\n\r\nhel", b"lo")
+    assert answer.done and answer.status == 200 and answer.body == b"hello" and answer.keep_alive
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_an_answer_in_chunks_is_there_as_it_comes() -> None:
+    answer = parsed(OK + b"Transfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nd")
+    assert answer.head_done and not answer.done and answer.take() == b"abcd" and answer.take() == b""
+    answer.feed(b"e\r\n0\r\nTrailer: x\r\n\r\n")
+    assert answer.done and answer.take() == b"e" and answer.keep_alive
+
+
+def test_an_answer_until_the_connection_closes() -> None:
+    answer = parsed(b"HTTP/1.0 200 OK\r\n\r\nabc", b"d")
+    assert not answer.done
+    answer.feed(b"")
+    assert answer.done and answer.body == b"abcd" and not answer.keep_alive
+
+
+def test_no_content_and_interim_answers_have_no_body() -> None:
+    assert parsed(b"HTTP/1.1 204 No Content\r\n\r\n").done
+    answer = parsed(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    assert answer.done and answer.status == 200 and not answer.keep_alive
+
+
+@pytest.mark.parametrize("parts, message", [
+    ([b"SSH-2.0-x\r\n"], "not HTTP"), ([b"HTTP/2 200\r\n\r\n"], "not HTTP"), ([b"HTTP/1.1 abc\r\n\r\n"], "not HTTP"),
+    ([b"\x15\x03\x01\x00\x02\x02"], "not HTTP"), ([b"HTTP/1.1 20\r\n\r\n"], "not HTTP"),
+    ([b""], "closed without an answer"), ([b"HTTP/1.1 2", b""], "middle of the answer"),
+    ([OK + b"Content-Length: 5\r\n\r\nhel", b""], "middle of the answer"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel", b""], "middle of the answer"),
+    ([OK + b"Content-Length: -5\r\n\r\n"], "malformed C"), ([OK + b"Content-Length: 1e3\r\n\r\n"], "malformed C"),
+    ([OK + b"Transfer-Encoding: gzip\r\n\r\n"], "unknown transfer encoding"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n"], "malformed chunk"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\n\r\n"], "malformed chunk"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"0" * 2000], "malformed chunk"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nab\r\n"], "malformed chunk"),
+    ([OK + b"no colon\r\n\r\n"], "malformed header"), ([OK + b" folded: x\r\n\r\n"], "malformed header"),
+])
+def test_what_is_not_an_answer_is_named(parts: list[bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*parts)
+
+
+@pytest.mark.parametrize("parts", [
+    [OK + b"X: " + b"x" * MAX_HEAD], [OK + b"X: " + b"x" * MAX_HEAD + b"\r\n\r\n"],
+    [OK + b"Content-Length: 1001\r\n\r\n"],
+    [OK + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n" + b"x" * 1001], [OK + b"\r\n" + b"x" * 1001],
+    [OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"x" * MAX_HEAD * 2],
+])
+def test_every_part_of_an_answer_has_a_bound(parts: list[bytes]) -> None:
+    with pytest.raises(TooBig):
+        parsed(*parts)
+
+
+ANSWERS = [
+    OK + b"Content-Length: 5\r\n\r\nhello",
+    OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"Content-Length: 5\r\n\r\nhello",
+]
+
+
+@given(st.sampled_from(ANSWERS), st.lists(st.integers(0, 120), max_size=8))
+def test_it_does_not_matter_how_an_answer_is_cut(data: bytes, cuts: list[int]) -> None:
+    answer = Answer()
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    for start, end in zip(edges, edges[1:], strict=False):
+        answer.feed(data[start:end])
+    assert answer.done and answer.body == b"hello"
+
+
+damages = st.tuples(st.integers(0, 120), st.binary(max_size=3))
+
+
+@given(st.sampled_from(ANSWERS), st.lists(damages, min_size=1, max_size=4))
+def test_a_damaged_answer_is_an_answer_or_a_value_error(data: bytes, damages: list[tuple[int, bytes]]) -> None:
+    for place, damage in damages:
+        data = data[:place] + damage + data[place + len(damage):]
+    try:
+        parsed(data, b"")
+    except ValueError:
+        pass
+
+
+def test_a_request_is_complete() -> None:
+    assert http_request("POST", "/x", "h:1", {"A": "b"}, b"{}").endswith(b"\r\nContent-Length: 2\r\nA: b\r\n\r\n{}")
+
+
+COMPACTED = "etcdserver: mvcc: required revision has been compacted"
+
+
+@pytest.mark.parametrize("status, body, kind, code, text", [
+    (400, f'{{"error":"{COMPACTED}","message":"{COMPACTED}","code":11}}'.encode(), EtcdCompacted, 11, COMPACTED),
+    (403, b'{"code":7,"message":"permission denied","details":[]}', EtcdDenied, 7, "permission denied"),
+    (200, b'{"error":{"grpc_code":14,"http_code":503,"message":"no","http_status":"x"}}', EtcdUnreachable, 14, "no"),
+    (200, b'{"error":{"code":14,"message":"no","details":[]}}', EtcdUnreachable, 14, "no"),
+    (429, b'{"error":"big","code":8}', EtcdTooBig, 8, "big"),
+    (405, b"Method Not Allowed\n", EtcdError, None, "Method Not Allowed"),
+    (502, b"<html>\nbad", EtcdUnreachable, None, "<html>"),
+    (500, b"", EtcdUnreachable, None, "HTTP status 500 without a message"),
+    (400, b"[" * 50_000, EtcdError, None, "[" * 200), (400, b'{"code":"x","message":7}', EtcdError, None, "7"),
+    (400, b"\x1b[31m\r\n", EtcdError, None, "\\x1b[31m"),
+])
+def test_error_bodies_of_every_version_are_understood(status: int, body: bytes, kind: type[EtcdError],
+                                                      code: int | None, text: str) -> None:
+    assert v3_failure(status, body) == (kind, code, text)
+
+
+# ---- reading from real servers ------------------------------------------------------------------------
+
+LB = [("/lb", "leaf"), ("/lb/empty", ""), ("/lb/hosts/ä", "ü\n\"<>"), ("/lb/port", "80"), ("/lb-other/x", "no"),
+      ("/lb.d", "no"), ("/lbx", "no"), ("/other/y", "y")]
+
+
+def test_v3_reads_keys_with_their_boundaries(etcd: EtcdServer) -> None:
+    revision = etcd.put_many(LB)
+    client = Etcd([etcd.url])
+    assert client.read(["/lb"]) == (revision, sorted(LB[:4]))
+    assert client.api == 3
+    assert client.read(["/lb/", "/lb/port", "/other/y", "/nope"]) == (revision, sorted(LB[:4]) + [("/other/y", "y")])
+    assert sorted(client.read(["/"])[1]) == sorted(LB)
+    assert client.read(["/nope"]) == (revision, [])
+    assert client.read([]) == (0, [])
+    assert client.get("/lb/port") == "80" and client.get("/lb/empty") == "" and client.get("/lb/hosts") is None
+    client.close()
+    assert client.get("/lb") == "leaf"  # it connects again
+    client.close()
+
+
+def test_v3_keeps_bytes_that_are_not_utf8(etcd: EtcdServer) -> None:
+    etcd.put("/b/\udcff\udc80", "\udcfe\x00")
+    client = Etcd([etcd.url])
+    assert client.read(["/b"])[1] == [("/b/\udcff\udc80", "\udcfe\x00")]
+    assert client.get("/b/\udcff\udc80") == "\udcfe\x00"
+    client.close()
+
+
+def test_v3_reads_the_whole_store_with_the_empty_key(etcd: EtcdServer) -> None:
+    etcd.put_many([("stolon/x", "1"), ("/a", "2")])
+    client = Etcd([etcd.url])
+    assert client.read([""])[1] == [("/a", "2"), ("stolon/x", "1")]
+    assert client.read(["/"])[1] == [("/a", "2")]
+    assert client.read(["stolon"])[1] == [("stolon/x", "1")]
+    client.close()
+
+
+def test_fifty_thousand_keys_come_in_pages_of_one_revision(etcd: EtcdServer) -> None:
+    pairs = [(f"/big/{n % 100:02d}/key-{n:05d}", f"value-of-some-length-{n:024d}") for n in range(50_000)]
+    revision = etcd.put_many(pairs)
+    client = Etcd([etcd.url])
+    found, read = client.read(["/big"])
+    client.close()
+    assert found == revision and read == sorted(pairs)
+    assert len(KeyTree(read, found).children("/big/42")) == 500
+
+
+def test_v2_reads_keys(etcd34: EtcdServer) -> None:
+    for key, value in [("/lb/port", "80"), ("/lb/empty", ""), ("/lb/hosts/ä b%", "ü\n\"<>"), ("/lbx", "no"),
+                       ("/other", "y"), ("/lb/_hidden/x", "h")]:
+        etcd34.put_v2(key, value)
+    client = Etcd([etcd34.url], api="2")
+    index, pairs = client.read(["/lb", "/other/", "/nope"])
+    assert index > 0
+    assert sorted(pairs) == [("/lb/empty", ""), ("/lb/hosts/ä b%", "ü\n\"<>"), ("/lb/port", "80"), ("/other", "y")]
+    assert ("/lbx", "no") in client.read(["/"])[1]
+    assert client.get("/lb/hosts/ä b%") == "ü\n\"<>" and client.get("/lb") is None and client.get("/nope") is None
+    assert client.read(["/lb/_hidden"])[1] == [("/lb/_hidden/x", "h")]  # hidden from listings, there by its name
+    client.close()
+
+
+def test_api_auto_takes_v3_where_both_are(etcd34: EtcdServer) -> None:
+    client = Etcd([etcd34.url])
+    client.read(["/x"])
+    assert client.api == 3
+    client.close()
+
+
+def test_a_server_without_v2_says_so(etcd35: EtcdServer) -> None:
+    with pytest.raises(EtcdError, match=r"cannot read /x at etcd http://127.0.0.1:\d+: it has no v2 API .*ETCD_API=3"):
+        Etcd([etcd35.url], api="2").read(["/x"])
+
+
+def test_without_the_v3_gateway_v2_is_used_or_the_flag_is_named(tmp_path: Path) -> None:
+    binary = find_etcd("3.4")
+    need(binary, "etcd 3.4 is not installed")
+    assert binary is not None
+    server = EtcdServer(binary, tmp_path, "--enable-v2=true", "--enable-grpc-gateway=false").start()
+    try:
+        server.put_v2("/a/b", "1")
+        client = Etcd([server.url])
+        assert client.read(["/a"])[1] == [("/a/b", "1")] and client.api == 2
+        client.close()
+        with pytest.raises(EtcdError, match="no v3 JSON gateway .*--enable-grpc-gateway=true"):
+            Etcd([server.url], api="3").read(["/a"])
+    finally:
+        server.kill()
+    server = EtcdServer(binary, tmp_path / "neither", "--enable-grpc-gateway=false").start()
+    try:
+        with pytest.raises(EtcdError, match="neither a v3 JSON gateway .* nor a v2 API"):
+            Etcd([server.url]).read(["/a"])
+    finally:
+        server.kill()
+
+
+def test_an_endpoint_that_refuses_is_left_for_the_next(etcd: EtcdServer) -> None:
+    etcd.put("/a", "1")
+    client = Etcd(["http://127.0.0.1:1", etcd.url])
+    assert client.get("/a") == "1"
+    assert str(client.endpoints[0]) == etcd.url  # and it stays with the one that works
+    client.close()
+
+
+def test_when_no_endpoint_answers_each_is_named() -> None:
+    dead = "http://127.0.0.1:1"
+    with pytest.raises(EtcdUnreachable) as caught:
+        Etcd([dead, "127.0.0.1:2"], api="3").read(["/a", "/b"])
+    assert str(caught.value) == ("cannot read /a: no etcd endpoint answers: http://127.0.0.1:1: connection refused;"
+                                 " http://127.0.0.1:2: connection refused")
+    assert caught.value.exit_code == 3
+    with pytest.raises(EtcdUnreachable, match=f"^cannot read /a at etcd {dead}: connection refused$") as caught:
+        Etcd([dead], api="3").get("/a")
+    assert isinstance(caught.value, Error)
+    assert (caught.value.request, caught.value.endpoint, caught.value.code) == ("read /a", dead, None)
+
+
+def test_an_endpoint_prints_as_its_url() -> None:
+    assert str(Endpoint("http", "::1", 2379)) == "http://[::1]:2379"
