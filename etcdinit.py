@@ -8,7 +8,6 @@ never one below. What a user can call stands in the last room, COMMAND LINE.
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 import time
@@ -51,6 +50,7 @@ LAZY_MODULES = {  # name in this file: module
     "datetime": "datetime",
     "difflib": "difflib",
     "fcntl": "fcntl",
+    "gc": "gc",
     "grp": "grp",
     "hashlib": "hashlib",
     "json": "json",
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     import datetime
     import difflib
     import fcntl
+    import gc
     import grp
     import hashlib
     import json
@@ -2883,10 +2884,13 @@ def sprintf(format: str, *arguments: object) -> str:
     return "".join(printer.out)
 
 
-def print_value(value: object) -> str:
+def print_value(value: Any) -> str:
     """A value as {{value}} prints it: like %v, but <no value> for nil, and a pointer's target."""
-    if type(value) is str:
-        return value
+    kind = type(value)
+    if kind is str:
+        return str(value)
+    if kind is int or kind is float and value and -1e6 < value < 1e6 and value == int(value):
+        return str(int(value))  # what most templates print, at a tenth of the cost
     if value is None or value is INVALID:
         return "<no value>"
     text = sprint(value)
