@@ -3050,8 +3050,8 @@ def _lex_action(text: str, position: int, keywords: frozenset[str]) -> Any:
                 yield "char", position, character
                 position += 1
                 continue
-            yield "error", position, _UNFINISHED.get(character,
-                                                     f"unrecognized character in action: {sharp_u(character)}")
+            error = _UNFINISHED.get(character) or f"unrecognized character in action: {sharp_u(character)}"
+            yield "error", position, error
             return position, 0
         kind, value, end = match.lastgroup, match[0], match.end()
         error = ""
