@@ -3997,7 +3997,7 @@ class _Compiler:
         self.entries: dict[str, str] = {}  # by template name: the function's
         self.places: list[tuple[Any, str, str]] = [(None, "", "")]  # by line: node, template, function called
         self.tree = ""  # the template that is compiled now
-        self.serial = 0
+        self.serial = self.temporary = 0
         self.lasts: dict[Any, Any] = {}
         self.known_names: dict[tuple[str, Any], Any] = {}
         self.definitions: list[Any] = []
@@ -4081,8 +4081,9 @@ class _Compiler:
         return self.call("fail", self.constant(message), line=self.place(node))
 
     def bind(self, value: Any) -> tuple[Any, Any]:
-        """An expression that keeps its value in a new local name, and that name."""
-        name = f"t{self.number()}"
+        """An expression that keeps its value in a local name until the end of the statement, and that name."""
+        self.temporary += 1
+        name = f"t{self.temporary}"
         return self.make(ast.NamedExpr, 0, self.name(name, self.store), value), self.name(name)
 
     def either(self, test: Any, then: Any, otherwise: Any) -> Any:
@@ -4151,6 +4152,7 @@ class _Compiler:
         """Append the statements for a list of nodes."""
         for node in nodes:
             kind = type(node)
+            self.temporary = 0
             if kind is _Text:
                 into.append(self.make(ast.Expr, 0, self.call("out", self.constant(node.text))))
             elif kind is _Action:
