@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import need
-from support.etcd_server import EtcdServer, find_etcd
+from support.etcd_fake import FakeEtcd
+from support.etcd_server import EtcdServer, b64, find_etcd
 
 from etcdinit import (
     MAX_HEAD,
@@ -16,6 +18,7 @@ from etcdinit import (
     Endpoint,
     Error,
     Etcd,
+    EtcdAnswerError,
     EtcdCompacted,
     EtcdDenied,
     EtcdError,
@@ -334,3 +337,163 @@ def test_when_no_endpoint_answers_each_is_named() -> None:
 
 def test_an_endpoint_prints_as_its_url() -> None:
     assert str(Endpoint("http", "::1", 2379)) == "http://[::1]:2379"
+
+
+# ---- faults -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def fake() -> Iterator[FakeEtcd]:
+    with FakeEtcd() as server:
+        server.put("/a", "1")
+        yield server
+
+
+def impatient(*urls: str, api: str = "3") -> Etcd:
+    return Etcd(urls, api=api, connect_timeout=0.5, answer_timeout=0.5)
+
+
+@pytest.mark.parametrize("api", ["2", "3"])
+@pytest.mark.parametrize("fault, kind, message", [
+    ("close", EtcdAnswerError, "the connection was closed without an answer"),
+    ("reset", EtcdUnreachable, "connection reset by peer"),
+    ("stall", EtcdUnreachable, "no answer within 0.5 s"),
+    ("half", EtcdAnswerError, "the connection was closed in the middle of the answer"),
+    ("half stall", EtcdUnreachable, "no answer within 0.5 s"),
+    ("drip", EtcdUnreachable, "no answer within 0.5 s"),
+    ("garbage", EtcdAnswerError, "the answer is not HTTP"),
+    ("html", EtcdAnswerError, r"the answer of 13 bytes is not a JSON object \(is it an etcd\?\)"),
+    ("wrong form", EtcdAnswerError, "the answer has not the form of a (range|node)"),
+    ("endless", EtcdTooBig, "the answer is larger than .*"),
+])
+def test_a_broken_answer_ends_in_time_with_its_reason(fake: FakeEtcd, api: str, fault: str, kind: type[EtcdError],
+                                                      message: str) -> None:
+    fake.fail(fault, 20)
+    client = impatient(fake.url, api=api)
+    with pytest.raises(EtcdError, match=f"^cannot read /a at etcd {fake.url}: {message}$") as caught:
+        client.read(["/a"])
+    assert type(caught.value) is kind
+    fake.faults.clear()
+    assert client.read(["/a"])[1] == [("/a", "1")]  # nothing of it stays in the client
+    client.close()
+
+
+def test_thirty_megabytes_of_garbage_are_refused_before_they_are_read(fake: FakeEtcd) -> None:
+    fake.fail("big", 20)
+    with pytest.raises(EtcdTooBig, match="cannot read /a at .* the answer of 31457280 bytes is larger than 16777216"):
+        impatient(fake.url).read(["/a"])
+    fake.faults[:] = ["big"]
+    with pytest.raises(EtcdAnswerError, match="the answer of 31457280 bytes is not a JSON object"):
+        Etcd([fake.url], api="2").read(["/a"])
+
+
+@pytest.mark.parametrize("fault", ["close", "reset", "stall", "half", "garbage", "html", (14, "etcdserver: no leader"),
+                                   (2, "context deadline exceeded")])
+def test_a_broken_member_is_left_for_the_next(fake: FakeEtcd, fault: str | tuple[int, str]) -> None:
+    with FakeEtcd() as broken:
+        broken.fail(fault, 20)
+        client = impatient(broken.url, fake.url)
+        assert client.read(["/a"])[1] == [("/a", "1")]
+        asked = len(broken.requests)
+        assert client.get("/a") == "1" and len(broken.requests) == asked
+        client.close()
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_opened_again(fake: FakeEtcd) -> None:
+    client = impatient(fake.url)
+    assert client.get("/a") == "1" and client.get("/a") == "1" and fake.connections == 1
+    fake.fail("close")
+    assert client.get("/a") == "1" and fake.connections == 2
+    client.close()
+
+
+def test_a_refusal_names_endpoint_request_and_message(fake: FakeEtcd) -> None:
+    fake.fail((7, "etcdserver: permission denied"), 3)
+    with pytest.raises(EtcdDenied) as caught:
+        impatient(fake.url).read(["/a"])
+    assert str(caught.value) == f"cannot read /a at etcd {fake.url}: etcdserver: permission denied"
+    assert (caught.value.code, caught.value.exit_code) == (7, 1)
+
+
+@pytest.mark.parametrize("version", ["3.4", "3.5", "3.6"])
+def test_a_compaction_between_two_pages_starts_again(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("etcdinit.PAGE", 10)
+    with FakeEtcd(version) as fake:
+        for number in range(25):
+            fake.put(f"/k/{number:02d}", "old")
+        ranges = 0
+
+        def compact(path: str) -> None:
+            nonlocal ranges
+            ranges += 1
+            if ranges == 2:
+                fake.put("/k/00", "new")
+                fake.v3.compact(fake.v3.revision)
+
+        fake.before = compact
+        client = impatient(fake.url)
+        revision, pairs = client.read(["/k"])
+        assert revision == fake.v3.revision and len(pairs) == 25 and pairs[0] == ("/k/00", "new")
+        assert ranges == 2 + 3
+
+        def compact_always(path: str) -> None:
+            fake.put("/k/00", "newer")
+            fake.v3.compact(fake.v3.revision)
+
+        fake.before = compact_always
+        with pytest.raises(EtcdCompacted, match="cannot read /k at .*required revision has been compacted"):
+            client.read(["/k"])
+        client.close()
+
+
+def test_a_real_compaction_between_two_pages_starts_again(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("etcdinit.PAGE", 10)
+    first = etcd.put_many((f"/k/{number:02d}", "x") for number in range(25))
+    client = Etcd([etcd.url], api="3")
+    with pytest.raises(EtcdCompacted, match="required revision is a future revision"):
+        client._pages(b"/k/", b"/k0", first + 99, "read /k", [])
+    etcd.compact(etcd.put("/k/00", "y"))
+    with pytest.raises(EtcdCompacted, match="required revision has been compacted"):
+        client._pages(b"/k/", b"/k0", first, "read /k", [])
+    assert client.read(["/k"])[1][0] == ("/k/00", "y")
+    client.close()
+
+
+def test_pages_are_halved_until_the_gateway_can_carry_them() -> None:
+    with FakeEtcd("3.4", largest=2000) as fake:
+        for number in range(40):
+            fake.put(f"/k/{number:02d}", "v" * 100)
+        client = impatient(fake.url)
+        assert len(client.read(["/k"])[1]) == 40
+        fake.put("/k/00", "v" * 3000)
+        with pytest.raises(EtcdTooBig, match=r"grpc: received message larger than max \(\d+ vs. 2000\)"):
+            client.read(["/k"])
+        client.close()
+
+
+def test_pages_are_halved_when_they_are_larger_than_our_own_bound(etcd: EtcdServer) -> None:
+    for number in range(20):
+        etcd.put(f"/big/{number:02d}", "x" * 1_000_000)
+    client = Etcd([etcd.url])
+    pairs = client.read(["/big"])[1]
+    assert [len(value) for _, value in pairs] == [1_000_000] * 20
+    client.close()
+
+
+@pytest.mark.parametrize("bases", [("/v3beta",), ("/v3beta", "/v3alpha"), ("/v3alpha",)])
+def test_the_gateway_of_older_servers_is_found(bases: tuple[str, ...]) -> None:
+    with FakeEtcd("3.4", bases=bases, v2=False) as fake:
+        fake.put("/a", "1")
+        client = impatient(fake.url, api="auto")
+        assert client.read(["/a"])[1] == [("/a", "1")]
+        fake.requests.clear()
+        assert client.get("/a") == "1"
+        assert [target for _, target, _ in fake.requests] == [f"{bases[0]}/kv/range"]
+        client.close()
+
+
+def test_errors_never_hold_a_value(fake: FakeEtcd) -> None:
+    fake.put("/a", "geheim")
+    fake.fail("half", 3)
+    with pytest.raises(EtcdError) as caught:
+        impatient(fake.url).read(["/a"])
+    assert "geheim" not in str(caught.value) and b64("geheim") not in str(caught.value)
