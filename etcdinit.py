@@ -2177,6 +2177,12 @@ class KVPairs(list[KVPair]):
     __slots__ = ()
 
 
+class PairList(list[KVPair]):
+    """[]KVPair: pairs whose type has lost its name, as sortKVByLength returns them."""
+
+    __slots__ = ()
+
+
 class SRV:
     """*net.SRV, as lookupSRV returns it."""
 
@@ -2220,14 +2226,14 @@ def _func_type(function: Func) -> str:
 _STORE = "main"  # the Go package that the store's types seem to come from
 _OPAQUE = "main.Opaque"  # any other Python object: a struct without fields
 _GO_TYPES: dict[type, str] = {
-    type(None): "<nil>", Invalid: "<nil>", bool: "bool", int: "int", float: "float64", complex: "complex128", str: "string",
-    dict: "map[string]interface {}", list: "[]interface {}", Strings: "[]string", Ints: "[]int", Int64: "int64",
-    Uint8: "uint8", Uint16: "uint16", KVPair: f"{_STORE}.KVPair", KVPairs: f"{_STORE}.KVPairs", SRV: "*net.SRV",
-    SRVs: "[]*net.SRV",
+    type(None): "<nil>", Invalid: "<nil>", bool: "bool", int: "int", float: "float64", complex: "complex128",
+    str: "string", dict: "map[string]interface {}", list: "[]interface {}", Strings: "[]string", Ints: "[]int",
+    Int64: "int64", Uint8: "uint8", Uint16: "uint16", KVPair: f"{_STORE}.KVPair", KVPairs: f"{_STORE}.KVPairs",
+    PairList: f"[]{_STORE}.KVPair", SRV: "*net.SRV", SRVs: "[]*net.SRV",
 }
 _GO_INTS = {int, Int64, Uint8, Uint16}
 _GO_UNSIGNED = {Uint8, Uint16}
-_GO_SLICES = {list, Strings, Ints, KVPairs, SRVs}
+_GO_SLICES = {list, Strings, Ints, KVPairs, PairList, SRVs}
 _GO_POINTERS = {SRV}
 GO_FIELDS: dict[type, tuple[str, ...]] = {KVPair: KVPair.__slots__, SRV: SRV.__slots__}
 GO_METHODS: dict[type, dict[str, Func]] = {}
@@ -2298,7 +2304,7 @@ def format_float(value: float, verb: str = "g", precision: int | None = None) ->
     if verb == "b":
         mantissa, exponent = value.hex().lstrip("-")[2:].split("p")
         sign = "-" if value.hex()[0] == "-" else ""
-        return f"{sign}{int(mantissa.replace('.', ''), 16)}p{max(int(exponent), -1022) - 52:+d}"
+        return f"{sign}{int(mantissa.replace('.', ''), 16)}p{(int(exponent) if value else -1022) - 52:+d}"
     if precision is not None:
         return f"%.*{verb}" % (max(precision, 1) if verb in "gG" else precision, value)
     if verb in "gG" and (1e-4 <= abs(value) < 1e6 or value == 0):
@@ -2311,7 +2317,7 @@ def format_float(value: float, verb: str = "g", precision: int | None = None) ->
             return f"{sign}0.{'0' * -point}{digits}"
         whole, fraction = digits[:point].ljust(point, "0"), digits[point:]
         return f"{sign}{whole}.{fraction}" if fraction else sign + whole
-    return "%.*{}".format("E" if verb in "EG" else "e") % (len(digits) - 1, value)
+    return f"%.*{'E' if verb in 'EG' else 'e'}" % (len(digits) - 1, value)
 
 
 def _hex_float(value: float, verb: str, precision: int | None) -> str:
@@ -2444,6 +2450,233 @@ def unquote(text: str) -> str:
     if mark == "'" and count != 1:
         raise bad
     return go_string(bytes(out))
+
+
+# ---- time ---------------------------------------------------------------------------------------------
+
+class Duration(int):
+    """time.Duration: nanoseconds."""
+
+    __slots__ = ()
+
+
+class Month(int):
+    """time.Month: 1 is January."""
+
+    __slots__ = ()
+
+
+class Weekday(int):
+    """time.Weekday: 0 is Sunday."""
+
+    __slots__ = ()
+
+
+class Location:
+    """*time.Location: UTC, or the machine's local time."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def zone(self, seconds: int) -> tuple[str, int]:
+        """Abbreviation and offset from UTC in seconds, at a Unix time."""
+        if self.name == "Local":
+            try:
+                local = time.localtime(seconds)
+                return local.tm_zone, local.tm_gmtoff
+            except (OverflowError, OSError, ValueError):
+                pass  # a year that the system does not know
+        return "UTC", 0
+
+
+UTC, LOCAL = Location("UTC"), Location("Local")
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+           "November", "December")
+_WEEKDAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+
+
+def _days_from_civil(year: int, month: int, day: int) -> int:
+    """Days from 1970-01-01 to a date of the proleptic Gregorian calendar; month and day may overflow."""
+    year, month = year + (month - 1) // 12, (month - 1) % 12 + 1
+    year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)  # the year from March on
+    return 365 * year + year // 4 - year // 100 + year // 400 + (153 * month + 2) // 5 + day - 1 - 719468
+
+
+def _civil_from_days(days: int) -> tuple[int, int, int]:
+    """Year, month and day of a number of days from 1970-01-01."""
+    era, day = divmod(days + 719468, 146097)
+    year = (day - day // 1460 + day // 36524 - day // 146096) // 365
+    day -= 365 * year + year // 4 - year // 100
+    month = (5 * day + 2) // 153
+    day -= (153 * month + 2) // 5
+    return 400 * era + year + (month > 9), month + 3 if month < 10 else month - 9, day + 1
+
+
+class Time:
+    """time.Time: Unix seconds and nanoseconds, a location, and the monotonic reading that time.Now leaves in it."""
+
+    __slots__ = ("seconds", "nanoseconds", "location", "monotonic")
+
+    def __init__(self, seconds: int, nanoseconds: int, location: Location = UTC, monotonic: int | None = None) -> None:
+        self.seconds, self.nanoseconds = seconds + nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000
+        self.location, self.monotonic = location, monotonic
+
+    def date(self) -> tuple[int, int, int]:
+        """Year, month, day."""
+        return _civil_from_days((self.seconds + self.zone()[1]) // 86400)
+
+    def clock(self) -> tuple[int, int, int]:
+        """Hour, minute, second."""
+        second = (self.seconds + self.zone()[1]) % 86400
+        return second // 3600, second // 60 % 60, second % 60
+
+    def zone(self) -> tuple[str, int]:
+        """Abbreviation and offset in seconds."""
+        return self.location.zone(self.seconds)
+
+    def weekday(self) -> int:
+        """0 is Sunday."""
+        return ((self.seconds + self.zone()[1]) // 86400 + 4) % 7
+
+    def year_day(self) -> int:
+        """1 is January 1."""
+        return (self.seconds + self.zone()[1]) // 86400 - _days_from_civil(self.date()[0], 1, 1) + 1
+
+    def at(self, seconds: int, nanoseconds: int = 0) -> Time:
+        """The instant of a Unix time, in the same location."""
+        return Time(seconds, nanoseconds, self.location)
+
+    def add(self, nanoseconds: int) -> Time:
+        """This much later."""
+        later = self.at(self.seconds, self.nanoseconds + nanoseconds)
+        later.monotonic = None if self.monotonic is None else self.monotonic + nanoseconds
+        return later
+
+    def add_date(self, years: int, months: int, days: int) -> Time:
+        """That many years, months and days later, at the same time of day."""
+        year, month, day = self.date()
+        hour, minute, second = self.clock()
+        wall = 86400 * _days_from_civil(year + years, month + months, day + days) + 3600 * hour + 60 * minute + second
+        seconds = wall - self.zone()[1]
+        for _ in range(2):  # the offset is that of the new date
+            seconds = wall - self.location.zone(seconds)[1]
+        return self.at(seconds, self.nanoseconds)
+
+    def round(self, unit: int, up: bool) -> Time:
+        """Down to a multiple of `unit` nanoseconds since year 1, or to the nearest one, halves up."""
+        if unit <= 0:
+            return self.at(self.seconds, self.nanoseconds)
+        total = (self.seconds + 62135596800) * 1_000_000_000 + self.nanoseconds
+        rest = total % unit
+        return self.at(self.seconds, self.nanoseconds - rest + (unit if up and 2 * rest >= unit else 0))
+
+    def since(self, other: Time) -> Duration:
+        """The time between another instant and this one, at most what a Duration can hold."""
+        if self.monotonic is not None and other.monotonic is not None:
+            return Duration(self.monotonic - other.monotonic)
+        apart = (self.seconds - other.seconds) * 1_000_000_000 + self.nanoseconds - other.nanoseconds
+        return Duration(max(-1 << 63, min(apart, (1 << 63) - 1)))
+
+    def within(self, location: Location) -> Time:
+        """The same instant as another location's clocks show it."""
+        return Time(self.seconds, self.nanoseconds, location, self.monotonic)
+
+
+_LAYOUT = (  # the parts of Go's reference time, the longer first where one begins another
+    r"January|Jan(?![a-z])|Monday|Mon(?![a-z])|MST|2006|002|__2|_2(?!006)|0[1-6]|15|PM|pm|[12345]"
+    r"|-07:00:00|-070000|-07:00|-0700|-07|Z07:00:00|Z070000|Z07:00|Z0700|Z07|[.,](?:0+|9+)(?![0-9])")
+
+
+def format_time(moment: Time, layout: str) -> str:
+    """Time.Format: the layout with the parts of "Mon Jan 2 15:04:05 MST 2006" replaced."""
+    year, month, day = moment.date()
+    hour, minute, second = moment.clock()
+    zone, offset = moment.zone()
+    parts = {
+        "January": _MONTHS[month - 1], "Jan": _MONTHS[month - 1][:3], "1": str(month), "01": f"{month:02}",
+        "Monday": _WEEKDAYS[moment.weekday()], "Mon": _WEEKDAYS[moment.weekday()][:3],
+        "2": str(day), "_2": f"{day:2}", "02": f"{day:02}",
+        "__2": f"{moment.year_day():3}", "002": f"{moment.year_day():03}",
+        "15": f"{hour:02}", "3": str(hour % 12 or 12), "03": f"{hour % 12 or 12:02}",
+        "PM": "PM" if hour >= 12 else "AM", "pm": "pm" if hour >= 12 else "am",
+        "4": str(minute), "04": f"{minute:02}", "5": str(second), "05": f"{second:02}",
+        "2006": f"{year:04}" if year >= 0 else f"-{-year:04}", "06": f"{abs(year) % 100:02}", "MST": zone,
+    }
+
+    def part(match: re.Match[str]) -> str:
+        text = match[0]
+        if text in parts:
+            return parts[text]
+        if text[0] in ".,":
+            digits = f"{moment.nanoseconds:09}"[:len(text) - 1]
+            if text[1] == "9":
+                digits = digits.rstrip("0")
+            return text[0] + digits if digits else ""
+        if text[0] == "Z" and not offset:
+            return "Z"
+        away, colon = abs(offset), ":" if ":" in text else ""
+        fields = (f"{away // 3600:02}", f"{away // 60 % 60:02}", f"{away % 60:02}")
+        count = len(text.replace(":", "")) // 2
+        return ("-" if offset < 0 else "+") + colon.join(fields[:count])
+
+    return re.sub(_LAYOUT, part, layout)
+
+
+def _time_text(moment: Time) -> str:
+    """Time.String."""
+    text = format_time(moment, "2006-01-02 15:04:05.999999999 -0700 MST")
+    if moment.monotonic is not None:
+        sign, away = "-" if moment.monotonic < 0 else "+", abs(moment.monotonic)
+        text += f" m={sign}{away // 1_000_000_000}.{away % 1_000_000_000:09}"
+    return text
+
+
+def _time_syntax(moment: Time) -> str:
+    """Time.GoString."""
+    year, month, day = moment.date()
+    hour, minute, second = moment.clock()
+    name = _MONTHS[month - 1]
+    place = moment.location.name
+    place = place if place in ("UTC", "Local") else f"Location({quote(place)})"
+    return f"time.Date({year}, time.{name}, {day}, {hour}, {minute}, {second}, {moment.nanoseconds}, time.{place})"
+
+
+def _duration_text(duration: int) -> str:
+    """Duration.String: 1h2m3.5s."""
+    sign, away = "-" if duration < 0 else "", abs(int(duration))
+
+    def decimal(value: int, unit: int) -> str:
+        whole, rest = divmod(value, unit)
+        fraction = f"{rest:0{len(str(unit)) - 1}}".rstrip("0") if rest else ""
+        return f"{whole}.{fraction}" if fraction else str(whole)
+
+    for unit, name in ((1, "ns"), (1000, "µs"), (1_000_000, "ms")):
+        if 0 < away < 1000 * unit:
+            return f"{sign}{decimal(away, unit)}{name}"
+    minutes, rest = divmod(away, 60_000_000_000)
+    text = f"{decimal(rest, 1_000_000_000)}s"
+    if minutes:
+        text = f"{minutes % 60}m{text}"
+    if minutes >= 60:
+        text = f"{minutes // 60}h{text}"
+    return sign + text
+
+
+def _numbered(number: int, names: tuple[str, ...], first: int) -> str:
+    """The String method of a Month or Weekday."""
+    known = 0 <= number - first < len(names)
+    return names[number - first] if known else f"%!{type(number).__name__}({number & (1 << 64) - 1})"
+
+
+_GO_TYPES.update({Time: "time.Time", Duration: "time.Duration", Month: "time.Month", Weekday: "time.Weekday",
+                  Location: "*time.Location"})
+_GO_INTS.update((Duration, Month, Weekday))
+_GO_STRING.update({Time: _time_text, Duration: _duration_text, Location: lambda place: place.name,
+                   Month: lambda month: _numbered(month, _MONTHS, 1),
+                   Weekday: lambda day: _numbered(day, _WEEKDAYS, 0)})
+_GO_SYNTAX[Time] = _time_syntax
 
 
 # ---- fmt ----------------------------------------------------------------------------------------------
@@ -2708,7 +2941,7 @@ class _Printer:
                 good, at = False, at + 1
                 return False
             digits, at = format[at + 1:closing], closing + 1
-            readable = digits.isascii() and digits.isdigit() and len(digits) < 8
+            readable = digits.isascii() and digits.isdigit() and len(digits) < 99 and int("0" + digits[:-1]) <= _LARGEST
             if readable and 0 < int(digits) <= len(arguments):
                 used = int(digits) - 1
             else:
@@ -2903,6 +3136,7 @@ def print_value(value: Any) -> str:
 # ======================================================================================================
 
 # Functions take and return the values of the room above; they raise ValueError with Go's message.
+# Arguments have been checked and converted by the caller, see Func.
 
 # ---- printing and escaping ----------------------------------------------------------------------------
 
@@ -2913,41 +3147,1025 @@ def _printed(arguments: tuple[object, ...]) -> str:
     return sprint(*("<no value>" if a is None or a is INVALID else a for a in arguments))
 
 
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;", "\0": "\ufffd"}
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;", "\0": "\ufffd"})
 _JS = {"\\": "\\\\", "'": "\\'", '"': '\\"', "<": "\\u003C", ">": "\\u003E", "&": "\\u0026", "=": "\\u003D"}
 
 
 def _html(*arguments: object) -> str:
-    return "".join(_HTML.get(c, c) for c in _printed(arguments))
+    return _printed(arguments).translate(_HTML)
 
 
 def _js(*arguments: object) -> str:
-    out = []
-    for c in runes(_printed(arguments)):
-        if c in _JS:
-            out.append(_JS[c])
-        elif c < " " or c > "~" and not c.isprintable() and c != "\x7f":
-            out.append(f"\\u{0xFFFD if chr(0xDC80) <= c <= chr(0xDCFF) else ord(c):04X}")
-        else:
-            out.append(c)
-    return "".join(out)
+    text = _printed(arguments)
+    if text.isascii() and text.isprintable() and not any(c in text for c in _JS):
+        return text
+    return "".join(_JS.get(c) or (c if c.isprintable() or c == "\x7f" or "\udc80" <= c <= "\udcff"
+                                  else f"\\u{ord(c):04X}") for c in runes(text))
 
 
 def _urlquery(*arguments: object) -> str:
-    return "".join("+" if b == 32 else chr(b) if chr(b).isalnum() and b < 128 or b in b"-_.~" else f"%{b:02X}"
+    return "".join("+" if b == 32 else chr(b) if b < 128 and chr(b).isalnum() or b in b"-_.~" else f"%{b:02X}"
                    for b in utf8(_printed(arguments)))
 
 
-# ---- the table ----------------------------------------------------------------------------------------
+# ---- strings ------------------------------------------------------------------------------------------
 
+def _valid(text: str) -> str:
+    """The runes of a string, U+FFFD for each byte that is not UTF-8: what strings.Map sees."""
+    return text if text.isascii() else re.sub("[\udc80-\udcff]", "\ufffd", runes(text))
+
+
+def _to_upper(text: str) -> str:
+    """strings.ToUpper: one rune for one, so that ß stays."""
+    if text.isascii():
+        return text.upper()
+    return "".join(u if len(u := c.upper()) == 1 else t if len(t := c.title()) == 1 else c for c in _valid(text))
+
+
+def _to_lower(text: str) -> str:
+    return text.lower() if text.isascii() else "".join(c.lower()[0] for c in _valid(text))
+
+
+def _split(text: str, separator: str) -> Strings:
+    return Strings(text.split(separator) if separator else runes(text))
+
+
+def _clean(path: str) -> str:
+    """path.Clean, relative paths too."""
+    if path.startswith("/"):
+        return clean_key(path)
+    names: list[str] = []
+    for name in path.split("/"):
+        if name == ".." and names and names[-1] != "..":
+            names.pop()
+        elif name not in ("", "."):
+            names.append(name)
+    return "/".join(names) or "."
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or ("/" if path else ".")
+
+
+def _dir(path: str) -> str:
+    return _clean(path[:path.rfind("/") + 1])
+
+
+def _repeat(count: int, text: str) -> str:
+    if count < 0:
+        raise ValueError("strings: negative Repeat count")
+    if count * len(text) > _LONGEST:
+        raise ValueError("strings: Repeat output length overflow")
+    return text * count
+
+
+def _indent(spaces: int, text: str) -> str:
+    pad = _repeat(max(spaces, 0), " ")
+    if len(pad) * text.count("\n") > _LONGEST:
+        raise ValueError("strings: Repeat output length overflow")
+    return pad + text.replace("\n", "\n" + pad) if text else ""
+
+
+_LONGEST = 1 << 28  # bytes that a template's functions make of one short argument
+
+
+def _nospace(text: str) -> str:
+    return "".join(c for c in _valid(text) if not c.isspace() or "\x1c" <= c <= "\x1f")
+
+
+def _case_words(text: str) -> list[str]:
+    """The words of an identifier: split at _, -, space and where capitals begin (HTTPServer: HTTP, Server)."""
+    words = [""]
+    for n, c in enumerate(text):
+        if c in "_- ":
+            words.append("")
+            continue
+        if c.isupper() and words[-1] and (text[n + 1:n + 2].islower() or not text[n - 1].isupper()):
+            words.append("")
+        words[-1] += c
+    return [word for word in words if word]
+
+
+def _camelcase(text: str) -> str:
+    first, *others = [_to_lower(word) for word in _case_words(text)] or [""]
+    return first + "".join(_to_upper(word[0]) + word[1:] for word in others)
+
+
+_BOOLEANS = {**dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+             **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False)}
+
+
+def _parse_bool(text: str) -> bool:
+    if text not in _BOOLEANS:
+        raise ValueError(f"strconv.ParseBool: parsing {quote(text)}: invalid syntax")
+    return _BOOLEANS[text]
+
+
+def _atoi(text: str) -> int:
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    leading = digits[:len(digits) - len(digits.lstrip("0123456789"))].lstrip("0")
+    too_long = len(leading) > 20 or int(leading or 0) >= 1 << 64  # Go looks no further than here
+    if not digits or leading != digits.lstrip("0") and not too_long:
+        raise ValueError(f"strconv.Atoi: parsing {quote(text)}: invalid syntax")
+    value = 0 if too_long else int(text)
+    if too_long or not -1 << 63 <= value < 1 << 63:
+        raise ValueError(f"strconv.Atoi: parsing {quote(text)}: value out of range")
+    return value
+
+
+def _base64_encode(text: str) -> str:
+    return binascii.b2a_base64(utf8(text), newline=False).decode()
+
+
+def _base64_decode(text: str) -> str:
+    plain = text.replace("\r", "").replace("\n", "")
+    match = re.fullmatch("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", plain)
+    if match:
+        return go_string(binascii.a2b_base64(plain))
+    data, good = utf8(text), 0  # find the byte that Go complains about
+    for at, byte in enumerate(data):
+        if byte in b"\r\n":
+            continue
+        if chr(byte).isalnum() and byte < 128 or byte in b"+/":
+            good += 1
+            continue
+        if byte == 61 and good % 4 >= 2:
+            rest = at + 1
+            if good % 4 == 2:
+                while data[rest:rest + 1] in (b"\r", b"\n"):
+                    rest += 1
+                if data[rest:rest + 1] != b"=":
+                    at = len(data) if rest == len(data) else rest - 1
+                    break
+                rest += 1
+            while data[rest:rest + 1] in (b"\r", b"\n"):
+                rest += 1
+            at = rest
+        break
+    else:
+        at = len(data) - good % 4
+    raise ValueError(f"illegal base64 data at input byte {at}")
+
+
+def _sha256sum(text: str) -> str:
+    return hashlib.sha256(utf8(text)).hexdigest()
+
+
+# ---- numbers ------------------------------------------------------------------------------------------
+
+def _int64(value: int) -> int:
+    """What is left of a result in Go's int."""
+    return (value + (1 << 63) & (1 << 64) - 1) - (1 << 63)
+
+
+def _div(a: int, b: int) -> int:
+    if not b:
+        raise ValueError("runtime error: integer divide by zero")
+    return _int64(-(-a // b) if (a < 0) != (b < 0) else a // b)
+
+
+def _mod(a: int, b: int) -> int:
+    if not b:
+        raise ValueError("runtime error: integer divide by zero")
+    return abs(a) % abs(b) * (-1 if a < 0 else 1)
+
+
+def _seq(first: int, last: int) -> Ints:
+    if last - first >= _LONGEST >> 4:
+        raise ValueError(f"more than {_LONGEST >> 4} numbers")
+    return Ints(range(first, last + 1))
+
+
+# ---- lists and maps -----------------------------------------------------------------------------------
+
+def _map(*arguments: Any) -> dict[str, Any]:
+    if len(arguments) % 2:
+        raise ValueError("invalid map call")
+    if not all(isinstance(key, str) for key in arguments[::2]):
+        raise ValueError("map keys must be strings")
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
+
+
+def _empty(value: Any) -> bool:
+    return not value if _go_class(value) in _FALSY else False
+
+
+_FALSY = {type(None), Invalid, bool, int, float, str, dict} | _GO_INTS | _GO_SLICES
+
+
+def _coalesce(*arguments: object) -> object:
+    return next((value for value in arguments if not _empty(value)), None)
+
+
+def _reverse(value: Any) -> Any:
+    """A reversed copy of a list; anything else as it is."""
+    return type(value)(value[::-1]) if _go_class(value) in _GO_SLICES else value
+
+
+def _reverse_in_place(value: Any) -> Any:
+    """confd's reverse: the list itself, and only of strings or sorted pairs (what gets returns stays as it is)."""
+    if type(value) in (Strings, PairList):
+        value.reverse()
+    return value
+
+
+def _sort_by_length(strings: Strings) -> Strings:
+    strings.sort(key=lambda s: len(utf8(s)))
+    return strings
+
+
+def _pluck(key: str, *maps: dict[str, Any]) -> list[Any]:
+    return [m[key] for m in maps if key in m]
+
+
+# ---- JSON ---------------------------------------------------------------------------------------------
+
+_JSON_DEPTH = 10_000  # what is nested deeper is an error in Go
+_JSON_WORDS: dict[str, tuple[str, bool | None]] = {"t": ("true", True), "f": ("false", False), "n": ("null", None)}
+_JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_JSON_NUMBER = r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
+_json_decoder: Any = None
+
+
+def _json_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(text)
+    return value
+
+
+def _json_refused(text: str) -> NoReturn:
+    raise ValueError(text)  # NaN and the infinities, which Python would read
+
+
+def _from_json(text: str, wanted: type | None = None) -> Any:
+    """encoding/json.Unmarshal into an interface {}, or into a map or slice (wanted: dict or list)."""
+    global _json_decoder
+    if _json_decoder is None:
+        _json_decoder = json.JSONDecoder(parse_float=_json_float, parse_int=_json_float, parse_constant=_json_refused)
+    try:
+        text.encode()
+        if re.search(r"\\u[dD]", text):  # halves of surrogate pairs, perhaps without the other half
+            return _read_json(text, wanted)
+        value = _json_decoder.decode(text)
+    except (ValueError, RecursionError):
+        return _read_json(text, wanted)  # for Go's error, or because Python gives up too early
+    return value if wanted is None or type(value) is wanted else _json_wanted(value, wanted)
+
+
+def _json_wanted(value: Any, wanted: type) -> Any:
+    """null gives an empty map or slice, other kinds of values are errors."""
+    if value is None:
+        return wanted()
+    kind = {dict: "object", list: "array", str: "string", float: "number", bool: "bool"}[type(value)]
+    raise ValueError(f"json: cannot unmarshal {kind} into Go value of type {_GO_TYPES[wanted]}")
+
+
+def _json_unexpected(text: str, at: int, where: str) -> ValueError:
+    """Go's error for the character at this place, or for the end of the text."""
+    if at >= len(text):
+        return ValueError("unexpected end of JSON input")
+    return ValueError(f"invalid character '{_escape(text[at], chr(39), False)}' {where}")
+
+
+def _json_space(text: str, at: int) -> int:
+    while text[at:at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def _json_string(text: str, at: int) -> tuple[str, int]:
+    """The string whose opening quote is before `at`, and the place behind it."""
+    out = []
+    plain = re.compile(r'[^"\\\x00-\x1f]*')
+    while True:
+        end = plain.match(text, at).end()  # type: ignore[union-attr]
+        out.append(re.sub("[\ud800-\udfff]", "\ufffd", text[at:end]))
+        at = end
+        if text[at:at + 1] != "\\":
+            break
+        letter = text[at + 1:at + 2]
+        if letter in _JSON_ESCAPES:
+            out.append(_JSON_ESCAPES[letter])
+            at += 2
+        elif letter == "u" and re.fullmatch("[0-9A-Fa-f]{4}", text[at + 2:at + 6]):
+            out.append(chr(int(text[at + 2:at + 6], 16)))
+            at += 6
+        elif at + 1 >= len(text) or letter == "u" and re.fullmatch("[0-9A-Fa-f]{0,3}", text[at + 2:]):
+            raise _json_unexpected(text, len(text), "")
+        else:
+            escape = go_string(utf8(text[at:at + 6])[:6 if letter == "u" else 2])
+            shown = f"`{escape}`" if _can_backquote(escape) else quote(escape)
+            raise ValueError(f"invalid escape sequence {shown} in string")
+    if text[at:at + 1] != '"':
+        raise _json_unexpected(text, at, "in string")
+    joined = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: chr(
+        0x10000 + (ord(pair[0][0]) - 0xD800 << 10) + ord(pair[0][1]) - 0xDC00), "".join(out))
+    return re.sub("[\ud800-\udfff]", "\ufffd", joined), at + 1
+
+
+def _json_key(text: str, at: int) -> tuple[str, int]:
+    """The key of an object and its colon, and the place behind it."""
+    at = _json_space(text, at)
+    if text[at:at + 1] != '"':
+        raise _json_unexpected(text, at, "looking for beginning of object key string")
+    key, at = _json_string(text, at + 1)
+    at = _json_space(text, at)
+    if text[at:at + 1] != ":":
+        raise _json_unexpected(text, at, "after object key")
+    return key, at + 1
+
+
+def _json_scalar(text: str, at: int) -> tuple[Any, int]:
+    """The string, word or number at this place, and the place behind it; a number too large is an infinity."""
+    start = text[at:at + 1]
+    if start == '"':
+        return _json_string(text, at + 1)
+    if start in _JSON_WORDS:
+        word, value = _JSON_WORDS[start]
+        for n, c in enumerate(word):
+            if text[at + n:at + n + 1] != c:
+                raise _json_unexpected(text, at + n, f"in literal {word} (expecting '{c}')")
+        return value, at + len(word)
+    if not start or start not in "-0123456789":
+        raise _json_unexpected(text, at, "looking for beginning of value")
+    number = re.compile(_JSON_NUMBER).match(text, at)
+    if not number:
+        raise _json_unexpected(text, at + 1, "in numeric literal")
+    end = number.end()
+    if text[end:end + 1] == "." and not number[1] and not number[2]:
+        raise _json_unexpected(text, end + 1, "in numeric literal")
+    if text[end:end + 1] in ("e", "E") and not number[2]:
+        raise _json_unexpected(text, end + 1 + (text[end + 1:end + 2] in ("+", "-")), "in numeric literal")
+    return float(number[0]), end
+
+
+def _read_json(text: str, wanted: type | None) -> Any:
+    """_from_json, slowly: for Go's errors and depth, and for text that is not quite Unicode."""
+    text = runes(text)
+    around: list[tuple[Any, str]] = []  # the objects and arrays that we are in, and the key at work
+    at, too_large = 0, ""
+    while True:  # a value begins here
+        at = _json_space(text, at)
+        value: Any
+        if text[at:at + 1] in ("{", "["):
+            if len(around) >= _JSON_DEPTH:
+                raise ValueError("exceeded max depth")
+            value, end = ({}, "}") if text[at] == "{" else ([], "]")
+            at = _json_space(text, at + 1)
+            if text[at:at + 1] != end:
+                key, at = _json_key(text, at) if end == "}" else ("", at)
+                around.append((value, key))
+                continue
+            at += 1
+        else:
+            start = at
+            value, at = _json_scalar(text, at)
+            if value in (float("inf"), float("-inf")) and not too_large:
+                path = [k.replace("~", "~0").replace("/", "~1") if type(c) is dict else str(len(c)) for c, k in around]
+                place = f"{'Go struct field ' * (type(around[-1][0]) is dict)}.{'.'.join(path)}" if path else "Go value"
+                too_large = f"json: cannot unmarshal number {text[start:at]} into {place} of type float64"
+        while around:  # a value ends here, and perhaps what it is in
+            container, key = around[-1]
+            if type(container) is dict:
+                container[key] = value
+            else:
+                container.append(value)
+            at = _json_space(text, at)
+            if text[at:at + 1] == ",":
+                if type(container) is dict:
+                    key, at = _json_key(text, at + 1)
+                    around[-1] = (container, key)
+                else:
+                    at += 1
+                break
+            if text[at:at + 1] != ("}" if type(container) is dict else "]"):
+                where = "object key:value pair" if type(container) is dict else "array element"
+                raise _json_unexpected(text, at, f"after {where}")
+            at += 1
+            value, _ = around.pop()
+        else:
+            at = _json_space(text, at)
+            if at < len(text):
+                raise _json_unexpected(text, at, "after top-level value")
+            if wanted is not None and type(value) is not wanted:
+                return _json_wanted(value, wanted)
+            if too_large:
+                raise ValueError(too_large)
+            return value
+
+
+_JSON_QUOTED = {n: f"\\u{n:04x}" for n in (*range(32), *b"<>&", 0x2028, 0x2029)}
+_JSON_QUOTED.update({ord(c): f"\\{name}" for name, c in _JSON_ESCAPES.items() if name != "/"})
+
+
+def _json_text(value: Any, kind: type) -> str | None:
+    """A value without parts as JSON; None if it has parts."""
+    if kind is str:
+        return f'"{_valid(value).translate(_JSON_QUOTED)}"'
+    if value is None or value is INVALID:
+        return "null"
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is float:
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(f"json: unsupported value: {format_float(value)}")
+        small = value != 0 and not 1e-6 <= abs(value) < 1e21
+        return format_float(value, "e").replace("e-0", "e-") if small else format_float(value, "f")
+    if kind in _GO_INTS:
+        return str(int(value))
+    if kind is Time:
+        return f'"{format_time(value, "2006-01-02T15:04:05.999999999Z07:00")}"'
+    if kind in (complex, Func):
+        raise ValueError(f"json: unsupported type: {go_type(value)}")
+    return None
+
+
+def _to_json(value: Any, indent: str = "") -> str:
+    """encoding/json.Marshal; with indent MarshalIndent."""
+    out: list[str] = []
+    todo: list[tuple[int, Any]] = [(0, value)]  # depth, and a value or (at depth -1) text to write
+    while todo:
+        depth, value = todo.pop()
+        kind = _go_class(value)
+        text = value if depth < 0 else _json_text(value, kind)
+        if text is not None:
+            out.append(text)
+            continue
+        if kind is dict:
+            names: Any = [(_json_text(key, str), value[key]) for key in bytewise(value)]
+        else:
+            names = [(_json_text(field, str), getattr(value, field)) for field in GO_FIELDS.get(kind, ())]
+        start, end = "{", "}"
+        if kind in _GO_SLICES:
+            names, start, end = [(None, part) for part in value], "[", "]"
+        line = "\n" + indent * (depth + 1) if indent else ""
+        parts: list[tuple[int, Any]] = []
+        for name, part in names:
+            prefix = "" if name is None else f"{name}: " if indent else f"{name}:"
+            parts += (-1, line + prefix), (depth + 1, part), (-1, ",")
+        out.append(start)
+        todo.append((-1, "\n" + indent * depth + end if indent and parts else end))
+        todo += parts[-2::-1]
+    return "".join(out)
+
+
+# ---- regular expressions: RE2's syntax on Python's engine ---------------------------------------------
+
+_RE_PERL = {"d": "0-9", "w": "0-9A-Za-z_", "s": r"\t\n\f\r "}
+_RE_POSIX = {
+    "alnum": "0-9A-Za-z", "alpha": "A-Za-z", "ascii": r"\x00-\x7f", "blank": r"\t ", "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9", "graph": "!-~", "lower": "a-z", "print": " -~", "punct": r"!-/:-@\[-`{-~",
+    "space": r"\t\n\v\f\r ", "upper": "A-Z", "word": "0-9A-Za-z_", "xdigit": "0-9A-Fa-f",
+}
+_RE_ESCAPES = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_RE_REPEATS = 1000  # RE2's limit
+_patterns: dict[str, tuple[re.Pattern[str], dict[str, list[int]]]] = {}
+
+
+class _Pattern:
+    """Reads one regular expression of RE2's syntax and writes it in Python's."""
+
+    __slots__ = ("text", "at", "flags", "names", "groups")
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at, self.flags, self.groups = text, 0, "", 0
+        self.names: dict[str, list[int]] = {}  # group numbers, as Go allows a name more than once
+
+    def bad(self, what: str, start: int, end: int | None = None) -> ValueError:
+        return ValueError(f"error parsing regexp: {what}: `{self.text[start:end]}`")
+
+    def peek(self, text: str) -> bool:
+        return self.text.startswith(text, self.at)
+
+    def translate(self) -> str:
+        """The whole expression in Python's syntax."""
+        for n, c in enumerate(self.text):
+            if "\udc80" <= c <= "\udcff":
+                raise self.bad("invalid UTF-8", n)
+        out = [""]  # finished pieces; the last one is what a repetition operator takes
+        weights = [0]  # how often each piece is repeated at most; 0: nothing to repeat
+        groups: list[tuple[list[str], list[int], str]] = []
+        last_operator = -1  # where a repetition operator stood, if it stands right before this place
+        while self.at < len(self.text):
+            start, c = self.at, self.text[self.at]
+            operator = self.repetition() if c in "*+?{" else None
+            if operator:
+                piece, count = operator
+                if last_operator >= 0:
+                    raise self.bad("invalid nested repetition operator", last_operator, self.at)
+                if not weights[-1]:
+                    raise self.bad("missing argument to repetition operator", start, self.at)
+                weights[-1] *= count
+                if weights[-1] > _RE_REPEATS:
+                    raise self.bad("invalid repeat count", start, self.at)
+                out[-1] = f"(?:{out[-1]}){piece}"
+                last_operator = start
+                continue
+            last_operator = -1
+            self.at += 1
+            if c == "(":
+                opening = self.group()
+                if opening is not None:
+                    flags, text = opening
+                    groups.append((out, weights, self.flags))
+                    self.flags, out, weights = flags, [text], [0]
+            elif c == ")":
+                if not groups:
+                    raise self.bad("unexpected )", 0)
+                inner, weight = "".join(out), max(1, *weights)
+                out, weights, self.flags = groups.pop()
+                out.append(inner + ")")
+                weights.append(weight)
+            elif c == "|":
+                out.append("|")
+                weights.append(0)
+            elif c == "\\" and self.peek("Q"):
+                end = self.text.find("\\E", self.at)
+                literal = self.text[self.at + 1:end if end >= 0 else None]
+                self.at = end + 2 if end >= 0 else len(self.text)
+                out += [self.cased(re.escape(character)) for character in literal]
+                weights += [1] * len(literal)
+            else:
+                out.append(self.atom(c, start))
+                weights.append(1)
+        if groups:
+            raise self.bad("missing closing )", 0)
+        return "".join(out)
+
+    def cased(self, piece: str) -> str:
+        return f"(?i:{piece})" if "i" in self.flags else piece
+
+    def repetition(self) -> tuple[str, int] | None:
+        """The operator at this place in Python's syntax and its greatest count; None for a literal brace."""
+        start, count = self.at, 1
+        operator = self.text[start]
+        if operator == "{":
+            match = re.compile(r"\{([0-9]+)(,?)([0-9]*)\}", re.A).match(self.text, start)
+            if not match or not match[2] and match[3] or any(len(n) > 1 and n[0] == "0" for n in match.group(1, 3)):
+                return None
+            low, high = min(int(match[1][:9]), 10**8), min(int((match[3] or match[1])[:9]), 10**8)
+            self.at = match.end()
+            if low > _RE_REPEATS or high > _RE_REPEATS or high < low:
+                raise self.bad("invalid repeat count", start, self.at)
+            operator, count = match[0], max(high, 1)
+        else:
+            self.at += 1
+        lazy = self.peek("?")
+        self.at += lazy
+        return operator + "?" * (lazy != ("U" in self.flags)), count
+
+    def group(self) -> tuple[str, str] | None:
+        """What follows a parenthesis: the flags within and Python's opening; None if only flags were set."""
+        start = self.at - 1
+        if not self.peek("?"):
+            self.groups += 1
+            return self.flags, "("
+        if self.peek("?P<") or self.peek("?<"):
+            name_at = self.text.index("<", start) + 1
+            end = self.text.find(">", name_at)
+            if end < 0:
+                raise self.bad("invalid named capture", start)
+            if not re.fullmatch("[0-9A-Za-z_]+", self.text[name_at:end]):
+                raise self.bad("invalid named capture", start, end + 1)
+            self.at = end + 1
+            self.groups += 1
+            self.names.setdefault(self.text[name_at:end], []).append(self.groups)
+            return self.flags, "("
+        flags, minus, seen = self.flags, False, False
+        self.at += 1
+        while self.at < len(self.text):
+            c = self.text[self.at]
+            self.at += 1
+            if c in "imsU":
+                seen = True
+                flags = flags.replace(c, "") if minus else flags + c
+            elif c == "-" and not minus:
+                minus, seen = True, False
+            elif c in ":)" and (seen or not minus):
+                if c == ":":
+                    return flags, "(?:"
+                self.flags = flags
+                return None
+            else:
+                break
+        raise self.bad("invalid or unsupported Perl syntax", start, self.at)
+
+    def atom(self, c: str, start: int) -> str:
+        """One thing that can be repeated; its first character c has been read."""
+        if c == ".":
+            return r"[\s\S]" if "s" in self.flags else r"[^\n]"
+        if c == "^":
+            return "(?m:^)" if "m" in self.flags else r"\A"
+        if c == "$":
+            return "(?m:$)" if "m" in self.flags else r"\Z"
+        if c == "[":
+            return self.cased(self.character_class(start))
+        if c != "\\":
+            return self.cased(re.escape(c))
+        letter = self.text[self.at:self.at + 1]
+        special = {"A": r"\A", "z": r"\Z", "b": r"(?a:\b)", "B": r"(?:(?a:\B)|\A\Z)"}.get(letter)
+        if special or letter and letter in "dwsDWS":
+            self.at += 1
+            return special or self.cased(f"[{'^' * letter.isupper()}{_RE_PERL[letter.lower()]}]")
+        if letter in ("p", "P"):
+            raise self.unicode_class(start)
+        return self.cased(re.escape(chr(self.escape())))
+
+    def unicode_class(self, start: int) -> ValueError:
+        r"""\p{...}: nothing here knows Unicode's classes."""
+        end = self.text.find("}", start) if self.text[start + 2:start + 3] == "{" else start + 2
+        return self.bad("Unicode classes are not supported", start, end + 1 if end >= 0 else None)
+
+    def escape(self) -> int:
+        """The character that an escape stands for; the backslash has been read."""
+        start = self.at - 1
+        c = self.text[self.at:self.at + 1]
+        if not c:
+            raise self.bad("trailing backslash at end of expression", self.at)
+        self.at += 1
+        octal = re.compile("[0-7]{1,3}" if c == "0" else "[1-7][0-7]{1,2}").match(self.text, self.at - 1)
+        if octal:
+            self.at = octal.end()
+            return int(octal[0], 8)
+        if c == "x":
+            match = re.compile(r"\{([0-9A-Fa-f]+)\}|([0-9A-Fa-f]{2})").match(self.text, self.at)
+            code = int((match[1] or match[2])[-8:], 16) if match else 0
+            if match and code <= 0x10FFFF and len((match[1] or "").lstrip("0")) < 7:
+                self.at = match.end()
+                return code
+            wrong = re.compile(r"\{[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]?").match(self.text, self.at)
+            end = wrong.end() if wrong else self.at
+            raise self.bad("invalid escape sequence", start, end if code > 0x10FFFF else end + 1)
+        if c in _RE_ESCAPES:
+            return ord(_RE_ESCAPES[c])
+        if c.isalnum() or not c.isascii():
+            raise self.bad("invalid escape sequence", start, self.at)
+        return ord(c)
+
+    def character_class(self, start: int) -> str:
+        """The class whose bracket has been read, in Python's syntax."""
+        negated = self.peek("^")
+        self.at += negated
+        inside, first = [], True
+        while first or not self.peek("]"):
+            if self.at >= len(self.text):
+                raise self.bad("missing closing ]", start)
+            first = False
+            named = re.compile(r"\[:(\^?)(.*?):\]", re.S).match(self.text, self.at)
+            if named:
+                if named[2] not in _RE_POSIX:
+                    raise self.bad("invalid character class range", self.at, named.end())
+                self.at = named.end()
+                inside.append(_re_negated(_RE_POSIX[named[2]]) if named[1] else _RE_POSIX[named[2]])
+                continue
+            letter = self.text[self.at + 1:self.at + 2] if self.peek("\\") else ""
+            if letter in ("p", "P"):
+                raise self.unicode_class(self.at)
+            if letter and letter in "dwsDWS":
+                self.at += 2
+                inside.append(_RE_PERL[letter] if letter.islower() else _re_negated(_RE_PERL[letter.lower()]))
+                continue
+            range_at = self.at
+            low = high = self.class_character(start)
+            if self.peek("-") and self.text[self.at + 1:self.at + 2] not in ("]", ""):
+                self.at += 1
+                high = self.class_character(start)
+                if high < low:
+                    raise self.bad("invalid character class range", range_at, self.at)
+            inside.append(f"\\U{low:08x}-\\U{high:08x}")
+        self.at += 1
+        return f"[{'^' * negated}{''.join(inside)}]"
+
+    def class_character(self, start: int) -> int:
+        if self.at >= len(self.text):
+            raise self.bad("missing closing ]", start)
+        self.at += 1
+        c = self.text[self.at - 1]
+        return self.escape() if c == "\\" else ord(c)
+
+
+def _re_negated(inside: str) -> str:
+    """What an ASCII class leaves out, as the inside of a class."""
+    others = [n for n in range(128) if not re.match(f"[{inside}]", chr(n))]
+    return "".join(f"\\x{n:02x}" for n in others) + "\\U00000080-\\U0010ffff"
+
+
+def _pattern(text: str) -> tuple[re.Pattern[str], dict[str, list[int]]]:
+    """A compiled regular expression of RE2's syntax and the numbers of its named groups."""
+    if text not in _patterns:
+        reader = _Pattern(runes(text))
+        try:
+            compiled = re.compile(reader.translate())
+        except RecursionError:
+            raise ValueError(f"error parsing regexp: expression nests too deeply: `{text}`") from None
+        if len(_patterns) > 200:
+            _patterns.clear()
+        _patterns[text] = compiled, reader.names
+    return _patterns[text]
+
+
+def _regex_match(pattern: str, text: str) -> bool:
+    return _pattern(pattern)[0].search(runes(text)) is not None
+
+
+def _regex_find(pattern: str, text: str) -> str:
+    match = _pattern(pattern)[0].search(runes(text))
+    return match[0] if match else ""
+
+
+def _regex_replace_all(pattern: str, text: str, replacement: str) -> str:
+    """Regexp.ReplaceAllString: $1, ${1}, $name and ${name} stand for groups, $$ for $."""
+    compiled, names = _pattern(pattern)
+    text = runes(text)
+
+    def expanded(reference: re.Match[str]) -> str:
+        assert match
+        name = reference[1] or reference[2]
+        if name is None:
+            return "$"
+        numbers = [int(name[:9])] if name.isdigit() and name.isascii() else names.get(name, [])
+        return next((match[n] for n in numbers if n <= compiled.groups and match[n] is not None), "")
+
+    out, at, end = [], 0, -1  # up to where the text is written, and where the last match ended
+    start = 0
+    while start <= len(text):
+        match = compiled.search(text, start)
+        if not match:
+            break
+        out.append(text[at:match.start()])
+        at = match.end()
+        if match.end() > end or match.start() == 0 and end < 0:  # no empty match right behind another match
+            out.append(re.sub(r"\$(?:\{(\w+)\}|(\w+)|\$)", expanded, replacement))
+        end = match.end()
+        start = end + 1 if match.start() == end else end
+    return "".join(out) + text[at:]
+
+
+# ---- time, files, environment, network ----------------------------------------------------------------
+
+_started = time.monotonic_ns()
+
+
+def _datetime() -> Time:
+    """time.Now."""
+    return Time(0, time.time_ns(), LOCAL, time.monotonic_ns() - _started)
+
+
+def _getenv(name: str, *default: str) -> str:
+    return os.environ.get(name) or (default[0] if default else "")
+
+
+def _file_exists(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    except OSError:
+        pass  # it may be there
+    return True
+
+
+def _lookup_ip(host: str) -> Strings:
+    """All addresses of a host, sorted as strings; none if it cannot be looked up."""
+    try:
+        found = socket.getaddrinfo(utf8(host), None, 0, socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        return Strings()
+    return Strings(sorted({str(address[4][0]).partition("%")[0].removeprefix("::ffff:") for address in found}))
+
+
+def _lookup_ipv4(host: str) -> Strings:
+    return Strings(a for a in _lookup_ip(host) if "." in a)
+
+
+def _lookup_ipv6(host: str) -> Strings:
+    return Strings(a for a in _lookup_ip(host) if ":" in a)
+
+
+def _lookup_srv(service: str, protocol: str, name: str) -> SRVs:
+    """net.LookupSRV, sorted by confd; empty if it fails."""
+    return SRVs()
+
+
+def _lookup_interface_ipv4(name: str) -> str:
+    """The first IPv4 address of an interface; empty if it has none."""
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        answer = fcntl.ioctl(probe.fileno(), 0x8915, utf8(name)[:15].ljust(40, b"\0"))  # SIOCGIFADDR
+        return ".".join(map(str, answer[20:24]))
+    except OSError:
+        return ""
+    finally:
+        probe.close()
+
+
+def _lookup_interface_ipv6(name: str) -> str:
+    """The first IPv6 address of an interface, global ones before others; empty if it has none."""
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return ""
+    rows = sorted((row for row in rows if row[5:] == [name]), key=lambda row: row[3])  # column 4 is the scope
+    return str(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(rows[0][0]))) if rows else ""
+
+
+# ---- the tables ---------------------------------------------------------------------------------------
+
+_ANY_MAP, _ANY_LIST = "map[string]interface {}", "[]interface {}"
 FUNCTIONS: dict[str, Func] = {row.name: row for row in (
+    # Go's own
     Func("print", sprint, ("any",), True, "string"),
     Func("printf", sprintf, ("string", "any"), True, "string"),
     Func("println", sprintln, ("any",), True, "string"),
     Func("html", _html, ("value",), True, "string"),
     Func("js", _js, ("value",), True, "string"),
     Func("urlquery", _urlquery, ("value",), True, "string"),
+    # confd 0.16
+    Func("base", _base, ("string",), returns="string"),
+    Func("dir", _dir, ("string",), returns="string"),
+    Func("split", _split, ("string", "string"), returns="[]string"),
+    Func("join", lambda strings, separator: separator.join(strings), ("[]string", "string"), returns="string"),
+    Func("replace", lambda text, old, new, n: text.replace(old, new, max(n, -1)),
+         ("string", "string", "string", "int"), returns="string"),
+    Func("toUpper", _to_upper, ("string",), returns="string"),
+    Func("toLower", _to_lower, ("string",), returns="string"),
+    Func("contains", lambda text, part: part in text, ("string", "string"), returns="bool"),
+    Func("trimSuffix", str.removesuffix, ("string", "string"), returns="string"),
+    Func("json", lambda text: _from_json(text, dict), ("string",), returns=_ANY_MAP),
+    Func("jsonArray", lambda text: _from_json(text, list), ("string",), returns=_ANY_LIST),
+    Func("map", _map, ("any",), True, _ANY_MAP),
+    Func("getenv", _getenv, ("string", "string"), True, "string"),
+    Func("datetime", _datetime, (), returns="time.Time"),
+    Func("lookupIP", _lookup_ip, ("string",), returns="[]string"),
+    Func("lookupIPV4", _lookup_ipv4, ("string",), returns="[]string"),
+    Func("lookupIPV6", _lookup_ipv6, ("string",), returns="[]string"),
+    Func("lookupSRV", _lookup_srv, ("string", "string", "string"), returns="[]*net.SRV"),
+    Func("fileExists", _file_exists, ("string",), returns="bool"),
+    Func("base64Encode", _base64_encode, ("string",), returns="string"),
+    Func("base64Decode", _base64_decode, ("string",), returns="string"),
+    Func("parseBool", _parse_bool, ("string",), returns="bool"),
+    Func("atoi", _atoi, ("string",), returns="int"),
+    Func("reverse", _reverse, ("any",)),
+    Func("sortByLength", _sort_by_length, ("[]string",), returns="[]string"),
+    Func("sortKVByLength", lambda pairs: PairList(sorted(pairs, key=lambda pair: len(utf8(pair.Key)))),
+         (_GO_TYPES[PairList],), returns=_GO_TYPES[PairList]),
+    Func("add", lambda a, b: _int64(a + b), ("int", "int"), returns="int"),
+    Func("sub", lambda a, b: _int64(a - b), ("int", "int"), returns="int"),
+    Func("mul", lambda a, b: _int64(a * b), ("int", "int"), returns="int"),
+    Func("div", _div, ("int", "int"), returns="int"),
+    Func("mod", _mod, ("int", "int"), returns="int"),
+    Func("seq", _seq, ("int", "int"), returns="[]int"),
+    # its maintained fork, and calico's confd (hasSuffix)
+    Func("hasSuffix", str.endswith, ("string", "string"), returns="bool"),
+    Func("hostname", lambda: os.uname().nodename, (), returns="string"),
+    Func("lookupIfaceIPV4", _lookup_interface_ipv4, ("string",), returns="string"),
+    Func("lookupIfaceIPV6", _lookup_interface_ipv6, ("string",), returns="string"),
+    Func("default", lambda default, value: default if _empty(value) else value, ("any", "any")),
+    Func("ternary", lambda yes, no, condition: yes if condition else no, ("any", "any", "bool")),
+    Func("coalesce", _coalesce, ("any",), True),
+    Func("empty", _empty, ("any",), returns="bool"),
+    Func("toJson", _to_json, ("any",), returns="string"),
+    Func("toPrettyJson", lambda value: _to_json(value, "  "), ("any",), returns="string"),
+    Func("fromJson", _from_json, ("string",)),
+    Func("indent", _indent, ("int", "string"), returns="string"),
+    Func("nindent", lambda spaces, text: "\n" + _indent(spaces, text), ("int", "string"), returns="string"),
+    Func("quote", quote, ("string",), returns="string"),
+    Func("squote", lambda text: "'" + text.replace("'", "''") + "'", ("string",), returns="string"),
+    Func("regexMatch", _regex_match, ("string", "string"), returns="bool"),
+    Func("regexFind", _regex_find, ("string", "string"), returns="string"),
+    Func("regexReplaceAll", _regex_replace_all, ("string", "string", "string"), returns="string"),
+    Func("trimPrefix", str.removeprefix, ("string", "string"), returns="string"),
+    Func("repeat", _repeat, ("int", "string"), returns="string"),
+    Func("nospace", _nospace, ("string",), returns="string"),
+    Func("snakecase", lambda text: "_".join(map(_to_lower, _case_words(text))), ("string",), returns="string"),
+    Func("kebabcase", lambda text: "-".join(map(_to_lower, _case_words(text))), ("string",), returns="string"),
+    Func("camelcase", _camelcase, ("string",), returns="string"),
+    Func("dict", _map, ("any",), True, _ANY_MAP),
+    Func("list", lambda *values: list(values), ("any",), True, _ANY_LIST),
+    Func("hasKey", lambda m, key: key in m, (_ANY_MAP, "string"), returns="bool"),
+    Func("keys", lambda m: Strings(bytewise(m)), (_ANY_MAP,), returns="[]string"),
+    Func("values", lambda m: [m[key] for key in bytewise(m)], (_ANY_MAP,), returns=_ANY_LIST),
+    Func("append", lambda values, value: [*values, value], (_ANY_LIST, "any"), returns=_ANY_LIST),
+    Func("pluck", _pluck, ("string", _ANY_MAP), True, _ANY_LIST),
+    Func("sha256sum", _sha256sum, ("string",), returns="string"),
 )}
+
+
+def _methods(*rows: Func) -> dict[str, Func]:
+    return {row.name: row for row in rows}
+
+
+def _timed(name: str, nanoseconds: int) -> Func:
+    """A method of Duration that gives a float64 number of some unit."""
+    return Func(name, lambda d: (d - _mod(d, nanoseconds)) // nanoseconds + _mod(d, nanoseconds) / nanoseconds,
+                returns="float64")
+
+
+# What a template can call on a value; the value itself is the first argument of `call`.
+GO_METHODS: dict[type, dict[str, Func]] = {
+    Time: _methods(
+        Func("Format", format_time, ("string",), returns="string"),
+        Func("String", _time_text, returns="string"),
+        Func("GoString", _time_syntax, returns="string"),
+        Func("Unix", lambda t: Int64(t.seconds), returns="int64"),
+        Func("UnixMilli", lambda t: Int64(t.seconds * 1000 + t.nanoseconds // 1_000_000), returns="int64"),
+        Func("UnixMicro", lambda t: Int64(t.seconds * 1_000_000 + t.nanoseconds // 1000), returns="int64"),
+        Func("UnixNano", lambda t: Int64(_int64(t.seconds * 1_000_000_000 + t.nanoseconds)), returns="int64"),
+        Func("UTC", lambda t: t.within(UTC), returns="time.Time"),
+        Func("Local", lambda t: t.within(LOCAL), returns="time.Time"),
+        Func("In", Time.within, ("*time.Location",), returns="time.Time"),
+        Func("Location", lambda t: t.location, returns="*time.Location"),
+        Func("Year", lambda t: t.date()[0], returns="int"),
+        Func("Month", lambda t: Month(t.date()[1]), returns="time.Month"),
+        Func("Day", lambda t: t.date()[2], returns="int"),
+        Func("Weekday", lambda t: Weekday(t.weekday()), returns="time.Weekday"),
+        Func("YearDay", Time.year_day, returns="int"),
+        Func("Hour", lambda t: t.clock()[0], returns="int"),
+        Func("Minute", lambda t: t.clock()[1], returns="int"),
+        Func("Second", lambda t: t.clock()[2], returns="int"),
+        Func("Nanosecond", lambda t: t.nanoseconds, returns="int"),
+        Func("Add", Time.add, ("time.Duration",), returns="time.Time"),
+        Func("AddDate", Time.add_date, ("int", "int", "int"), returns="time.Time"),
+        Func("Truncate", lambda t, unit: t.round(unit, False), ("time.Duration",), returns="time.Time"),
+        Func("Round", lambda t, unit: t.round(unit, True), ("time.Duration",), returns="time.Time"),
+        Func("Sub", Time.since, ("time.Time",), returns="time.Duration"),
+        Func("Before", lambda t, other: t.since(other) < 0, ("time.Time",), returns="bool"),
+        Func("After", lambda t, other: t.since(other) > 0, ("time.Time",), returns="bool"),
+        Func("Equal", lambda t, other: t.since(other) == 0, ("time.Time",), returns="bool"),
+        Func("IsZero", lambda t: t.seconds == -62135596800 and not t.nanoseconds, returns="bool"),
+    ),
+    Duration: _methods(
+        Func("String", _duration_text, returns="string"),
+        _timed("Hours", 3_600_000_000_000),
+        _timed("Minutes", 60_000_000_000),
+        _timed("Seconds", 1_000_000_000),
+        Func("Milliseconds", lambda d: Int64(_div(d, 1_000_000)), returns="int64"),
+        Func("Microseconds", lambda d: Int64(_div(d, 1000)), returns="int64"),
+        Func("Nanoseconds", lambda d: Int64(d), returns="int64"),
+    ),
+    Month: _methods(Func("String", _GO_STRING[Month], returns="string")),
+    Weekday: _methods(Func("String", _GO_STRING[Weekday], returns="string")),
+    Location: _methods(Func("String", _GO_STRING[Location], returns="string")),
+}
+
+
+# ---- the store ----------------------------------------------------------------------------------------
+
+def store_functions(store: Mapping[str, str] | KeyTree, compat: bool = True) -> dict[str, Func]:
+    """exists, get, getv, gets, getvs, ls and lsdir over the keys of a store.
+
+    compat keeps what is odd in confd: `ls "/"` shows only keys, no directories, `lsdir "/"` shows nothing, and
+    reverse does not turn around what gets returned.
+    """
+    tree = store if isinstance(store, KeyTree) else KeyTree(store)
+    values = tree.values_by_key
+
+    def get(key: str) -> KVPair:
+        if key not in values:
+            raise ValueError(f"key does not exist: {key}")
+        return KVPair(key, values[key])
+
+    def getv(key: str, *default: str) -> str:
+        if key in values:
+            return values[key]
+        if default:
+            return default[0]
+        raise ValueError(f"key does not exist: {key}")
+
+    def ls(path: str) -> Strings:
+        if not path:
+            return Strings()
+        clean = _clean(path)
+        names = tree.children(clean) if clean.startswith("/") else []
+        if compat and clean == "/":
+            names = [name for name in names if "/" + name in values]
+        if path in values:
+            names = bytewise({*names, _base(path)})
+        return Strings(names)
+
+    def lsdir(path: str) -> Strings:
+        clean = _clean(path)
+        if not clean.startswith("/") or compat and clean == "/":
+            return Strings()
+        prefix = clean.rstrip("/") + "/"
+        return Strings(name for name in tree.children(clean) if tree.is_dir(prefix + name))
+
+    functions = _methods(
+        Func("exists", lambda key: key in values, ("string",), returns="bool"),
+        Func("get", get, ("string",), returns=_GO_TYPES[KVPair]),
+        Func("getv", getv, ("string", "string"), True, "string"),
+        Func("gets", lambda pattern: KVPairs(KVPair(*pair) for pair in tree.glob(pattern)), ("string",),
+             returns=_GO_TYPES[KVPairs]),
+        Func("getvs", lambda pattern: Strings(bytewise(value for _, value in tree.glob(pattern))), ("string",),
+             returns="[]string"),
+        Func("ls", ls, ("string",), returns="[]string"),
+        Func("lsdir", lsdir, ("string",), returns="[]string"),
+    )
+    if compat:
+        functions["reverse"] = Func("reverse", _reverse_in_place, ("any",))
+    return functions
 
 
 # ======================================================================================================

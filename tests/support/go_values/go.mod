@@ -1,0 +1,3 @@
+module etcdinit/govalues
+
+go 1.24
