@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import time
 
@@ -112,6 +113,21 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     return str(error) or type(error).__name__
+
+
+def bug(error: BaseException) -> str:
+    """What to tell of an exception that nobody foresaw: its type and place, not its text, which may hold a value."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" in {trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace is not None else ""
+    return f"{type(error).__name__}{place} (a bug of etcdinit {__version__}, please report it)"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: "; did you mean X?" if a known one is near, else ""."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 # ---- clocks and durations -----------------------------------------------------------------------------
@@ -261,7 +277,7 @@ SETTINGS = {row.name: row for row in (
     Setting("confdir", "ETCDINIT_CONFDIR", "text", "/etc/confd", "directory with conf.d/ and templates/"),
     Setting("compat", "ETCDINIT_COMPAT", "text", "", 'keep the quirks of a peer: "confd"'),
     Setting("prefix", "ETCD_PREFIX", "text", "", "prefix put before the prefix of every resource"),
-    Setting("node", "ETCD_ENDPOINTS", "list", (), "etcd endpoint, as in http://10.0.0.1:2379; repeatable"),
+    Setting("node", "ETCD_ENDPOINTS", "list", ("http://127.0.0.1:2379",), "etcd endpoint; repeatable"),
     Setting("api", "ETCD_API", "text", "auto", "etcd API: auto, 2 or 3"),
     Setting("interval", "ETCDINIT_INTERVAL", "duration", 600.0, "time between two full passes"),
     Setting("log-level", "ETCDINIT_LOG_LEVEL", "text", "info", "debug, info, warning, error or fatal"),
@@ -5832,15 +5848,1609 @@ class Template:
 # Does not know how processes are run for good.
 # ======================================================================================================
 
+# ---- what is wrong with a file that a person wrote ----------------------------------------------------
+
+class Finding:
+    """A mistake in a file: its path, line (0: the file as a whole), level ("error", "warning") and message."""
+
+    __slots__ = ("path", "line", "level", "message")
+
+    def __init__(self, path: str, line: int, level: str, message: str) -> None:
+        self.path, self.line, self.level, self.message = path, line, level, message
+
+    @property
+    def place(self) -> str:
+        """path:line, or the path alone."""
+        return f"{self.path}:{self.line}" if self.line else self.path
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.level}: {self.message}" if self.path else f"{self.level}: {self.message}"
+
+
+# ---- the keys of a template resource ------------------------------------------------------------------
+
+class ResourceKey:
+    """One row of the table of resource keys: name in [template], kind, default and help."""
+
+    __slots__ = ("name", "kind", "default", "help")
+
+    def __init__(self, name: str, kind: str, default: Any, help: str) -> None:
+        self.name, self.kind, self.default, self.help = name, kind, default, help
+
+
+# kinds: text, texts (an array), id, yes/no, duration (Go's), mode (octal), or the words that are allowed
+RESOURCE_KEYS = {row.name: row for row in (
+    ResourceKey("src", "text", "", "the template, a path below templates/ (needed)"),
+    ResourceKey("dest", "text", "", "the file to write (needed); a symlink is followed"),
+    ResourceKey("keys", "texts", (), "keys that the template may read, each with everything below it"),
+    ResourceKey("prefix", "text", "", "put before every key; --prefix goes before that"),
+    ResourceKey("mode", "mode", None, "permission bits as in \"0644\"; else those of the file, 0644 for a new one"),
+    ResourceKey("uid", "id", -1, "owner by number; else that of the file, for a new one that of the renderer"),
+    ResourceKey("gid", "id", -1, "group by number"),
+    ResourceKey("owner", "text", "", "owner by name"),
+    ResourceKey("group", "text", "", "group by name"),
+    ResourceKey("make_dirs", "yes/no", False, "make missing directories above dest"),
+    ResourceKey("check_cmd", "text", "", "shell command that must succeed; {{.src}} is the new file, {{.dest}} dest"),
+    ResourceKey("check_timeout", "duration", 30.0, "time after which check_cmd is killed and has failed"),
+    ResourceKey("reload_cmd", "text", "", "shell command to run after a change; {{.src}} and {{.dest}} are the file"),
+    ResourceKey("reload_timeout", "duration", 60.0, "time after which reload_cmd is killed and has failed"),
+    ResourceKey("output_format", "json|toml", "", "the new file must be well-formed JSON or TOML"),
+    ResourceKey("on_missing", "error|empty|skip", "error",
+                "a key that getv or get wants does not exist: fail, take an empty text, or leave dest as it is"),
+    ResourceKey("required", "texts", (), "keys without which the resource fails (on_missing = \"skip\": is skipped)"),
+    ResourceKey("secret", "yes/no", False, "mode 0600 unless mode is set; contents never shown, not even by --diff"),
+)}
+
+_RESOURCE_ALIASES = {"check_cmd_timeout": "check_timeout", "reload_cmd_timeout": "reload_timeout"}  # of confd's fork
+
+
+def _a_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError('a text in quotes is needed, as in "x"')
+    if "\0" in value:
+        raise ValueError("a NUL character cannot be in it")
+    return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError('an array of texts is needed, as in ["/a", "/b"]')
+    return tuple(value)
+
+
+def _id(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value < 1 << 32:
+        raise ValueError("a number is needed, as in 33")
+    return value
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false is needed")
+    return value
+
+
+def _timeout(value: Any) -> float:
+    seconds = duration(value)
+    if not seconds:
+        raise ValueError("a time above 0s is needed, as in \"30s\"")
+    return seconds
+
+
+_RESOURCE_KINDS: dict[str, Callable[[Any], Any]] = {
+    "text": _a_text, "texts": _texts, "id": _id, "yes/no": _yes_or_no, "duration": _timeout, "mode": _a_text}
+
+
+def parse_mode(text: str, as_confd: bool = False) -> tuple[int, str]:
+    """Permission bits from a resource's mode, and a warning or "". ValueError if it is no octal number.
+
+    confd calls strconv.ParseUint(text, 0, 32): without its leading 0, "644" is decimal and means --w----r--.
+    Nobody ever meant that, so it is 0644 here, with a warning; as_confd keeps confd's reading.
+    """
+    digits, warning = text.strip().lower(), ""
+    try:
+        if not digits.isalnum():
+            raise ValueError
+        if digits[:1] != "0":
+            meant = int(digits, 10 if as_confd else 8)
+            warning = f'mode = "{text}" is taken as {meant & 0o777:04o}; write mode = "0{digits}"'
+        else:
+            meant = int(digits, 0 if digits[1:2] in "xbo" and digits != "0" else 8)
+    except ValueError:
+        raise ValueError(f'"{text}" is not an octal number, as in "0644"') from None
+    if meant & ~0o777 and not warning:
+        warning = f'of mode = "{text}" only the permission bits {meant & 0o777:04o} are used'
+    return meant & 0o777, warning
+
+
+class Resource:
+    """A template resource: one checked [template] of a file in conf.d. Every row of RESOURCE_KEYS is an attribute.
+
+    name: the file's path below conf.d, with [n] from the second template of one file on; path: that file; lines: the
+    line of each key in it, "" for the header; prefix: already joined with the global one; lookups: the keys to
+    fetch; check, reload: the commands as templates, None if there are none.
+    """
+
+    __slots__ = ("name", "path", "lines", "lookups", "check", "reload", *RESOURCE_KEYS)
+
+    name: str
+    path: str
+    lines: dict[str, int]
+    lookups: list[str]
+    check: Template | None
+    reload: Template | None
+    src: str
+    dest: str
+    keys: tuple[str, ...]
+    prefix: str
+    mode: int | None
+    uid: int
+    gid: int
+    owner: str
+    group: str
+    make_dirs: bool
+    check_cmd: str
+    check_timeout: float
+    reload_cmd: str
+    reload_timeout: float
+    output_format: str
+    on_missing: str
+    required: tuple[str, ...]
+    secret: bool
+
+    def is_named(self, word: str) -> bool:
+        """True if a word of the command line means this resource: its name, its file's, or its destination."""
+        return word in (self.name, self.dest) or _file_is_named(self.name.partition("[")[0], word)
+
+
+def _file_is_named(name: str, word: str) -> bool:
+    names = (name, name.rpartition("/")[2])
+    return word in names or word in [name.removesuffix(".toml") for name in names]
+
+
+def effective_prefix(above: str, own: str, as_confd: bool = False) -> str:
+    """A resource's prefix below the global one: joined; as_confd (0.12 to 0.16): the global one instead of it."""
+    return clean_key(above or own) if as_confd else clean_key(above, own)
+
+
+def parse_resources(text: str, path: str, name: str, prefix: str = "",
+                    as_confd: bool = False) -> tuple[list[Resource], list[Finding]]:
+    """The resources of one file, and what is wrong with it. A template with an error is not among the resources.
+
+    path: the file, for findings; name: what to call its resources; prefix: the global one.
+    """
+    findings: list[Finding] = []
+    try:
+        document = tomllib.loads(text.removeprefix("\ufeff"))
+    except RecursionError:
+        return [], [Finding(path, 0, "error", "nested too deep")]
+    except ValueError as error:  # "what is wrong (at line 3, column 5)" or "what is wrong (at end of document)"
+        message, _, place = str(error).partition(" (at line ")
+        line, _, column = place.rstrip(")").partition(", ")
+        message = message[:1].lower() + message[1:] + (f" ({column})" if column else "")
+        return [], [Finding(path, int(line) if line.isdigit() else 1 + text.rstrip().count("\n"), "error", message)]
+    lines = text.splitlines()
+    tables: list[Any] = []
+    for key, value in document.items():
+        if key.lower() == "template":
+            tables += value if isinstance(value, list) else [value]
+        else:
+            findings.append(Finding(path, _line_of(lines, key, -1), "warning",
+                                    f"unknown table or key {key}, ignored{nearest(key.lower(), ['template'])}"))
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        findings.append(Finding(path, 0, "error", "no [template] table"))
+        return [], findings
+    resources = []
+    for index, table in enumerate(tables):
+        label = f"{name}[{index + 1}]" if index else name
+        resource = _resource(table, path, label, lines, index, prefix, as_confd, findings)
+        if resource:
+            resources.append(resource)
+    return resources, findings
+
+
+def _resource(table: dict[str, Any], path: str, name: str, text: Sequence[str], index: int, prefix: str,
+              as_confd: bool, findings: list[Finding]) -> Resource | None:
+    """One resource from its TOML table, the index-th of text; None, and why in findings, if it cannot be used."""
+    values: dict[str, Any] = {row.name: row.default for row in RESOURCE_KEYS.values()}
+    lines = {"": _line_of(text, "", index)}
+    sound = True
+
+    def fault(key: str, message: str, level: str = "error") -> None:
+        nonlocal sound
+        sound = sound and level != "error"
+        findings.append(Finding(path, lines.get(key, lines[""]), level, message))
+
+    for written, value in table.items():
+        key = _RESOURCE_ALIASES.get(written.lower(), written.lower())
+        lines[key] = lines[written] = _line_of(text, written, index)
+        if key not in RESOURCE_KEYS:
+            fault(written, f"unknown key {written}, ignored{nearest(key, RESOURCE_KEYS)}", "warning")
+            continue
+        kind = RESOURCE_KEYS[key].kind
+        try:
+            if "|" not in kind:
+                values[key] = _RESOURCE_KINDS[kind](value)
+            elif value in kind.split("|"):
+                values[key] = value
+            elif key == "output_format" and value in ("", "yaml", "yml", "xml"):  # confd's fork knows them
+                fault(written, f'output_format = "{value}" is not checked (only json and toml are)', "warning")
+            else:
+                raise ValueError("one of " + ", ".join(f'"{word}"' for word in kind.split("|")) + " is needed")
+            if kind == "mode":
+                values[key], warning = parse_mode(value, as_confd)
+                if warning:
+                    fault(written, warning, "warning")
+        except ValueError as error:
+            fault(written, f"cannot use {written}: {error}")
+    for key in ("src", "dest"):
+        if not values[key] and sound:
+            fault(key, f"empty {key}{' template' * (key == 'src')}")
+    resource = Resource()
+    for key in ("check", "reload"):
+        command = values[f"{key}_cmd"]
+        try:
+            values[key] = Template(command, name=f"{key}_cmd") if command else None
+        except TemplateError as error:
+            fault(f"{key}_cmd", f"cannot use {key}_cmd: {error}")
+    values["prefix"] = effective_prefix(prefix, values["prefix"], as_confd)
+    values["lookups"] = [clean_key(values["prefix"], key) for key in values["keys"]]
+    values.update(name=name, path=path, lines=lines)
+    for key in values if sound else ():
+        setattr(resource, key, values[key])
+    return resource if sound else None
+
+
+def _line_of(lines: Sequence[str], key: str, index: int) -> int:
+    """The line (from 1) on which a key of the index-th [template] stands; -1: of no template; "": the header itself.
+
+    tomllib tells no lines, so this searches; a key in an unusual place gets the line of its header.
+    """
+    table, header = -1, 0
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if text.startswith("["):
+            word = text.strip("[").partition("]")[0].strip().strip("\"'")
+            if word.lower() == "template":
+                table += 1
+                header = number if table == index else header
+            elif index == -1 and word == key:
+                return number
+            if table == index and not key:
+                return number
+        elif key and (table == index or index == -1) and text.partition("=")[0].strip().strip("\"'") == key:
+            return number
+    return header
+
+
+def resource_files(directory: str) -> list[str]:
+    """The resource files at and below conf.d in confd's order: every name that ends in "toml", each real file once.
+
+    Symlinks are followed, so Kubernetes' ConfigMap volumes work; their hidden "..data" directories are left out,
+    because what counts are the links that point into them. OSError if conf.d cannot be read.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def walk(directory: str, above: frozenset[str]) -> None:
+        real = os.path.realpath(directory)
+        if real in above:
+            return  # a link to a directory above itself
+        for name in sorted(os.listdir(directory), key=os.fsencode):
+            path = f"{directory}/{name}"
+            if name.startswith(".."):
+                continue
+            if os.path.isdir(path):
+                walk(path, above | {real})
+            elif name.endswith("toml") and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                found.append(path)
+
+    walk(directory, frozenset())
+    return found
+
+
+def load_resources(confdir: str, prefix: str = "", as_confd: bool = False,
+                   names: Sequence[str] = ()) -> tuple[list[Resource], list[Finding]]:
+    """All resources below confdir/conf.d in their order, and what is wrong with the files there.
+
+    names: only these resources (see Resource.is_named); UsageError for one that is nobody's name.
+    """
+    if not os.path.isdir(confdir):
+        level = "warning" if as_confd else "error"
+        return [], [Finding("", 0, level, f"Cannot load template resources: confdir '{confdir}' does not exist")]
+    directory = os.path.join(confdir, "conf.d")
+    resources: list[Resource] = []
+    findings: list[Finding] = []
+    files: list[str] = []
+    try:
+        files = resource_files(directory)
+    except OSError as error:
+        findings.append(Finding(str(error.filename or directory), 0, "error", f"cannot read it: {reason(error)}"))
+    unmet = set(names)
+    for path in files:
+        name = os.path.relpath(path, directory)
+        asked = {word for word in names if _file_is_named(name, word)}
+        try:
+            if not os.path.isfile(path) and os.path.exists(path):
+                raise OSError(errno.EINVAL, "not a regular file")
+            with open(path, encoding="utf-8") as file:
+                loaded, found = parse_resources(file.read(), path, name, prefix, as_confd)
+        except (OSError, UnicodeDecodeError) as error:
+            why = reason(error) if isinstance(error, OSError) else "not UTF-8"
+            loaded, found = [], [Finding(path, 0, "error", f"cannot read it: {why}")]
+        if names:
+            chosen = [resource for resource in loaded if any(resource.is_named(word) for word in names)]
+            asked |= {word for word in names for resource in chosen if resource.is_named(word)}
+            loaded, found = chosen, found if asked else []
+        unmet -= asked
+        resources += loaded
+        findings += found
+    for word in sorted(unmet):
+        known = [os.path.relpath(path, directory).removesuffix(".toml") for path in files]
+        raise UsageError(f"no template resource is named {word}{nearest(word, known)}")
+    return resources, findings
+
+
+# ---- where the keys come from -------------------------------------------------------------------------
+
+class KeyFile:
+    """Keys from a JSON or TOML file instead of etcd; read anew each time."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self, keys: Iterable[str]) -> tuple[int, list[tuple[str, str]]]:
+        """The revision (0) and the pairs at and below the keys."""
+        tree = keys_from_file(self.path)
+        return 0, [pair for key in keys for pair in tree.below(key)]
+
+    def get(self, key: str) -> str | None:
+        """The value of one key, None if it does not exist."""
+        return keys_from_file(self.path).get(key)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+# ---- from keys to text --------------------------------------------------------------------------------
+
+INCLUDE_DEPTH = 10
+
+
+def resource_functions(tree: KeyTree, templates: str, source: str = "", on_missing: str = "error",
+                       as_confd: bool = False) -> dict[str, Func]:
+    """What a resource's template can call besides the general functions: the store's, and include.
+
+    templates: the directory that include reads from; source: the template itself, which nobody may include.
+    """
+    functions = dict(store_functions(tree, compat=as_confd))
+    if on_missing == "empty":
+        values, pair = tree.values_by_key, functions["get"].call
+        functions["getv"] = Func("getv", lambda key, *default: values.get(key, default[0] if default else ""),
+                                 ("string", "string"), True, "string")
+        functions["get"] = Func("get", lambda key: pair(key) if key in values else KVPair(key, ""), ("string",), False)
+    templates = os.path.normpath(templates)
+    active = [source]
+
+    def include(name: str, *data: object) -> str:
+        path = os.path.normpath(f"{templates}/{name}")
+        if len(data) > 1:
+            raise ValueError("include takes a file and at most one value")
+        if not path.startswith(f"{templates}/"):
+            raise ValueError(f'include path "{name}" is outside template directory')
+        if path in active:
+            raise ValueError(f"include cycle detected: {path} is already being processed")
+        if len(active) > INCLUDE_DEPTH:
+            raise ValueError(f"maximum include depth ({INCLUDE_DEPTH}) exceeded")
+        active.append(path)
+        try:
+            text = read_text(path)
+            return Template(text, name=os.path.basename(path), functions=functions).render(data[0] if data else None)
+        except OSError as error:
+            raise ValueError(f"include {name}: open {path}: {reason(error)}") from None
+        finally:
+            active.pop()
+
+    functions["include"] = Func("include", include, ("string", "any"), True, "string")
+    return functions
+
+
+def read_text(path: str) -> str:
+    """A whole file as text; bytes that are not UTF-8 are kept as surrogates. OSError."""
+    with open(path, "rb") as file:
+        return file.read().decode("utf-8", "surrogateescape")
+
+
+# Where Go puts a value into the text of an error; keys have values that nobody may see in a log.
+_VALUES_IN_ERRORS = (r'(parsing )"(?:[^"\\]|\\.)*"', r"(range can't iterate over )[\s\S]+",
+                     r"(non-comparable type )[\s\S]+(?=: )", r"(cannot unmarshal number )\S+")
+
+
+def without_values(message: str) -> str:
+    """The text of a template error without the values of keys that Go quotes in some of them."""
+    for pattern in _VALUES_IN_ERRORS:
+        message = re.sub(pattern, rf"\g<1>{MASK}", message)
+    return message
+
+
+class Skipped(Exception):
+    """A resource that is left alone on purpose, because of on_missing = "skip"; the text says which key."""
+
+
+def render_text(resource: Resource, tree: KeyTree, templates: str, as_confd: bool = False) -> str:
+    """The text of a resource from the keys of a whole store. Error, or Skipped when a key is missing and may be."""
+    seen = tree.under(resource.prefix, resource.keys)
+    for key in resource.required:
+        if clean_key(key) not in seen:
+            _missing(resource, f"required key {clean_key(key)} does not exist", clean_key(key))
+    path = os.path.normpath(f"{templates}/{resource.src}")
+    functions = resource_functions(seen, templates, path, resource.on_missing, as_confd)
+    try:
+        template = Template(read_text(path), name=os.path.basename(path), functions=functions)
+        return template.render(None)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise Error(f"Missing template: {path}") from None
+        raise Error(f"cannot read template {path}: {reason(error)}") from None
+    except TemplateError as error:
+        message = without_values(str(error))
+        if error.stage == "parse":
+            raise Error(f"Unable to process template {path}, {message}") from None
+        found = re.search(r"error calling getv?: key does not exist: (.*)", message)
+        if found:
+            _missing(resource, message, found[1])
+        raise Error(message) from None
+
+
+def _missing(resource: Resource, message: str, key: str) -> NoReturn:
+    if resource.on_missing == "skip":
+        raise Skipped(f"key {key} does not exist")
+    listed = any(f"{key}/".startswith(clean_key(known).rstrip("/") + "/") for known in resource.keys)
+    raise Error(message + ("" if listed else f" (keys of {resource.name} does not list it)"))
+
+
+def check_format(text: str, format: str) -> str:
+    """What is wrong with a text as json or toml; "" if nothing."""
+    def no_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        if format == "json":
+            json.loads(text, parse_constant=no_constant)
+        else:
+            tomllib.loads(text)
+    except RecursionError:
+        return "nested too deep"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# ---- SIGTERM and SIGINT -------------------------------------------------------------------------------
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT has come; raised only where it does no harm."""
+
+
+class Stop:
+    """Makes a request of SIGTERM and SIGINT: it breaks off a wait, and never what is between two waits.
+
+    signal: the one that has come, 0 before; at: when (now()).
+    """
+
+    __slots__ = ("signal", "at", "breakable")
+
+    def __init__(self) -> None:
+        self.signal, self.at = 0, 0.0
+        self.breakable = False
+
+    def install(self) -> None:
+        """Take SIGTERM and SIGINT over from now on; see to it that ends of children are told to us."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.signal:
+            self.signal, self.at = number, now()
+        if self.breakable:
+            self.breakable = False  # a second one does not disturb the clearing up
+            raise Stopped
+
+    def during(self, wait: Callable[..., Any], *args: Any) -> Any:
+        """wait(*args), which a signal ends with Stopped; at once if it has come before."""
+        self.breakable = True
+        try:
+            if self.signal:
+                raise Stopped
+            return wait(*args)
+        finally:
+            self.breakable = False
+
+
+stop = Stop()
+
+
+# ---- commands -----------------------------------------------------------------------------------------
+
+OUTPUT_LIMIT = 65536  # bytes of a command's output that are kept, its last ones
+OUTPUT_LINES = 200  # lines of it that are logged, the last ones
+STOP_GRACE = 5.0  # seconds that reloads have left once we are told to stop; checks have none
+KILL_PATIENCE = 5.0  # seconds after which a process that even SIGKILL does not end is left alone
+
+
+class Command:
+    """A shell command in a process group of its own, with a deadline. Nothing in here waits.
+
+    After start(), whoever drives it polls descriptors() until the deadline and calls advance() until that is True.
+    Then failure is "" or why it failed, in Go's words as confd tells it, and output the last of what it said.
+    """
+
+    __slots__ = ("text", "timeout", "deadline", "failure", "output", "dropped", "_began", "_pid", "_pipe", "_pidfd",
+                 "_killed")
+
+    def __init__(self, text: str, timeout: float) -> None:
+        self.text, self.timeout = text, timeout
+        self.deadline = self._began = 0.0
+        self.failure, self.output, self.dropped = "", bytearray(), 0
+        self._pid = 0
+        self._pipe = self._pidfd = -1
+        self._killed = False
+
+    def start(self) -> None:
+        """Run it: /bin/sh -c, standard input empty, output and errors to us, no other descriptor, signals as new."""
+        _seal_descriptors()
+        self._began = now()
+        self.deadline = self._began + self.timeout
+        self._pipe, write = os.pipe()
+        os.set_blocking(self._pipe, False)
+        actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                   (os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_DUP2, write, 2)]
+        try:
+            self._pid = os.posix_spawn("/bin/sh", ["/bin/sh", "-c", self.text], os.environ, file_actions=actions,
+                                       setpgroup=0, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
+        except (OSError, ValueError) as error:
+            self.failure = f"cannot run /bin/sh: {reason(error)}"
+            self._close()
+        finally:
+            os.close(write)
+        if self._pid:
+            try:
+                self._pidfd = os.pidfd_open(self._pid)
+            except (OSError, AttributeError):
+                pass  # an old kernel, or a sandbox that forbids it: wait() then looks often
+
+    def descriptors(self) -> list[int]:
+        """What to poll for reading: there is output, or it has ended."""
+        return [fd for fd in (self._pipe, self._pidfd) if fd >= 0]
+
+    def wait(self) -> None:
+        """Wait until advance() has something to do: the thin layer for those who drive one command only."""
+        poll = select.poll()
+        for fd in self.descriptors():
+            poll.register(fd, select.POLLIN)
+        seconds = self.deadline + KILL_PATIENCE * self._killed - now()
+        poll.poll(max(0, int(1000 * (min(seconds, 0.02) if self._pidfd < 0 else seconds)) + 1))
+
+    def advance(self) -> bool:
+        """Read what it said, see whether it ended, kill its group when time is up. True when it is over."""
+        if not self._pid:
+            return True
+        self._read()
+        try:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+        except ChildProcessError:  # somebody else has reaped it
+            pid, status = self._pid, 0
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            if self._killed:
+                self.failure = f"killed, it did not end within {now() - self._began:.3g}s"
+            elif code:
+                self.failure = f"exit status {code}" if code > 0 else f"signal: {-code}"
+            self._read()
+        elif now() < self.deadline + KILL_PATIENCE * self._killed:
+            return False
+        elif not self._killed:
+            self._killed = True
+            try:
+                os.killpg(self._pid, signal.SIGKILL)
+            except OSError:
+                pass
+            return False
+        else:
+            self.failure = f"it did not end within {now() - self._began:.3g}s, not even by SIGKILL"
+        self._close()
+        return True
+
+    def lines(self) -> list[str]:
+        """What it said, without empty lines: the last OUTPUT_LINES of them."""
+        text = self.output.decode("utf-8", "backslashreplace")
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        left_out = len(lines) - OUTPUT_LINES
+        if left_out > 0 or self.dropped:
+            lines = [f"({max(left_out, 0)} lines and {self.dropped} bytes before this are left out)",
+                     *lines[-OUTPUT_LINES:]]
+        return lines
+
+    def _read(self) -> None:
+        while self._pipe >= 0:
+            try:
+                data = os.read(self._pipe, OUTPUT_LIMIT)
+            except BlockingIOError:
+                return
+            if not data:
+                os.close(self._pipe)
+                self._pipe = -1
+            self.output += data
+            excess = len(self.output) - OUTPUT_LIMIT
+            if excess > 0:
+                del self.output[:excess]
+                self.dropped += excess
+                if now() >= self.deadline:
+                    return  # it talks without end; let its time run out
+
+    def _close(self) -> None:
+        for fd in self.descriptors():
+            os.close(fd)
+        self._pid, self._pipe, self._pidfd = 0, -1, -1
+
+
+def _seal_descriptors() -> None:
+    """Let no child inherit what we were started with, such as a readiness descriptor; ours are sealed anyway."""
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        names = [str(fd) for fd in range(3, 256)]
+    for fd in map(int, names):
+        try:
+            if fd > 2 and os.get_inheritable(fd):
+                os.set_inheritable(fd, False)
+        except OSError:
+            pass  # the one that listdir had open
+
+
+def run_command(text: str, timeout: float, grace: float = 0.0) -> Command:
+    """Run a shell command to its end or its timeout (seconds), or to its grace after we were told to stop."""
+    log.debug(f"Running {text}")
+    command = Command(text, timeout)
+    command.start()
+    while not command.advance():
+        try:
+            if stop.signal:
+                command.deadline = min(command.deadline, stop.at + grace)
+                command.wait()
+            else:
+                stop.during(command.wait)
+        except Stopped:
+            pass  # stop.signal tells it from now on
+    return command
+
+
+def _log_output(command: Command, what: str, secret: bool) -> None:
+    level = "error" if command.failure else "debug"
+    lines = command.lines()
+    if secret and lines:
+        lines = [f"({len(lines)} lines of output are not shown: secret = true)"]
+    for line in lines:
+        log(level, f"{what}: {line}")
+
+
+# ---- destinations -------------------------------------------------------------------------------------
+
+def follow(dest: str, root: str = "") -> str:
+    """The file that a destination means: below root, with symlinks followed as they read for one inside of root.
+
+    What does not exist yet is taken as it stands. OSError (ELOOP) after 40 links.
+    """
+    root = os.path.realpath(root) if root else ""
+    path, links = root, 0
+    waiting = (dest if root else os.path.abspath(dest)).split("/")[::-1]
+    while waiting:
+        name = waiting.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            path = root if path == root else path.rpartition("/")[0]
+            continue
+        try:
+            link = os.readlink(f"{path}/{name}")
+        except OSError:  # no symlink, or not there
+            path = f"{path}/{name}"
+            continue
+        links += 1
+        if links > 40:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), dest)
+        if link.startswith("/"):
+            path = root
+        waiting += link.split("/")[::-1]
+    return path or "/"
+
+
+class Present:
+    """A destination as it is now: its contents (None: there is none), mode (permission bits), uid and gid."""
+
+    __slots__ = ("data", "mode", "uid", "gid")
+
+    def __init__(self, path: str) -> None:
+        """Error if it is something else than a file; OSError if it cannot be read."""
+        self.data: bytes | None = None
+        self.mode = self.uid = self.gid = -1
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise Error("is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+        self.mode, self.uid, self.gid = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+        with open(path, "rb") as file:
+            self.data = file.read()
+
+
+class Wanted:
+    """A destination as it shall be: contents, mode, uid and gid (-1: as it comes); asked: the resource sets these."""
+
+    __slots__ = ("data", "mode", "uid", "gid", "asked")
+
+    def __init__(self, data: bytes, resource: Resource, present: Present) -> None:
+        """Error for an owner or group that nobody knows."""
+        uid = owner_id(resource.owner, resource.uid, "owner")
+        gid = owner_id(resource.group, resource.gid, "group")
+        self.data = data
+        self.asked = uid >= 0, gid >= 0
+        self.uid, self.gid = uid if uid >= 0 else present.uid, gid if gid >= 0 else present.gid
+        if resource.mode is not None:
+            self.mode = resource.mode
+        else:
+            self.mode = 0o600 if resource.secret else present.mode if present.data is not None else 0o644
+
+    def differences(self, present: Present, dest: str, secret: bool) -> list[str]:
+        """Why a present file is not as wanted, in confd's words; empty if it is."""
+        if present.data is None:
+            return [f"{dest} does not exist"]
+        found = []
+        for what, has, should in (("UID", present.uid, self.uid), ("GID", present.gid, self.gid)):
+            if should not in (-1, has):
+                found.append(f"{dest} has {what} {has} should be {should}")
+        if present.mode != self.mode:
+            found.append(f"{dest} has mode {mode_text(present.mode)} should be {mode_text(self.mode)}")
+        if present.data != self.data:
+            sums = ["a secret" if secret else hashlib.md5(data, usedforsecurity=False).hexdigest()
+                    for data in (present.data, self.data)]
+            found.append(f"{dest} has md5sum {sums[0]} should be {sums[1]}")
+        return found
+
+
+def owner_id(name: str, number: int, what: str) -> int:
+    """The id that owner/uid or group/gid ask for (what: "owner" or "group"); -1 for none. Error: nobody knows the name.
+
+    A number wins over a name, as in confd's fork.
+    """
+    if number >= 0 or not name:
+        return number
+    if name.isdecimal():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid if what == "owner" else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise Error(f"{what} {name} is not known here") from None
+
+
+def mode_text(mode: int) -> str:
+    """Permission bits as ls shows them, -rw-r--r--."""
+    return stat.filemode(stat.S_IFREG | mode)
+
+
+def write_stage(path: str, wanted: Wanted, lenient: bool = False) -> str:
+    """Write the wanted file beside its destination, complete and on disk; its path. OSError, Error: nothing is left.
+
+    Nobody else can read it before its mode is set, and no link that was laid there is followed. lenient: an
+    owner that we may not give is a warning even if the resource asks for it, as in confd.
+    """
+    directory, name = os.path.split(path)
+    stage = f"{directory}/.{os.fsdecode(os.fsencode(name)[:200])}.{os.urandom(6).hex()}"
+    try:
+        fd = os.open(stage, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Error(f"cannot write in {directory}: {reason(error)}") from None
+    try:
+        try:
+            _write_all(fd, wanted.data)
+            _give(fd, path, wanted, lenient)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        os.unlink(stage)
+        raise
+    return stage
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def _give(fd: int, path: str, wanted: Wanted, lenient: bool) -> None:
+    """Set owner, group and mode of an open file."""
+    status = os.fstat(fd)
+    for what, has, should, asked in (("owner", status.st_uid, wanted.uid, wanted.asked[0]),
+                                     ("group", status.st_gid, wanted.gid, wanted.asked[1])):
+        if should in (-1, has):
+            continue
+        try:
+            os.fchown(fd, should if what == "owner" else -1, should if what == "group" else -1)
+        except PermissionError as error:
+            if asked and not lenient:
+                raise Error(f"cannot give it {what} {should}: {reason(error)} (only root may)") from None
+            log.warning(f"cannot keep {what} {should} of {path}: {reason(error)}; it gets {what} {has}")
+    os.fchmod(fd, wanted.mode)
+
+
+def swap(stage: str, path: str, wanted: Wanted, lenient: bool = False) -> None:
+    """Put a stage file in the place of its destination, by renaming it; on disk when this returns. OSError.
+
+    A file that is itself a mount point cannot be replaced: it is then written in place.
+    """
+    try:
+        os.rename(stage, path)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        log.debug(f"Rename target is likely a mount. Trying to write instead: {path}")
+        write_in_place(path, wanted, lenient)
+        os.unlink(stage)
+    try:
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:  # the new file is there all the same, and its reload is due
+        if error.errno != errno.EINVAL:  # a file system that cannot do this for directories
+            log.warning(f"cannot make the change of {path} last through a power failure: {reason(error)}")
+
+
+def write_in_place(path: str, wanted: Wanted, lenient: bool = False) -> None:
+    """Overwrite a file that cannot be replaced. If that fails, the old contents are put back. OSError."""
+    with open(path, "rb") as file:
+        old = file.read()
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            _reserve(fd, len(wanted.data))
+            _write_all(fd, wanted.data)
+            os.ftruncate(fd, len(wanted.data))
+            os.fsync(fd)
+        except BaseException:
+            os.lseek(fd, 0, os.SEEK_SET)
+            _write_all(fd, old)
+            os.ftruncate(fd, len(old))
+            raise
+        _give(fd, path, wanted, lenient)
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the file system set the room aside, so that a full disk is known before the first byte is lost."""
+    try:
+        if size:
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        # else it cannot be done here; write() will tell
+
+
+DIFF_LIMIT = 1 << 20  # bytes of a file from which on a diff takes too long
+
+
+def diff_lines(old: bytes | None, new: bytes, dest: str, secret: bool = False) -> list[str]:
+    """A unified diff of a destination's old (None: there is none) and new contents, line by line without newlines."""
+    if secret:
+        return [f"{dest} changes (not shown: secret = true)"]
+    if max(len(old or b""), len(new)) > DIFF_LIMIT:
+        return [f"{dest} changes ({len(old or b'')} to {len(new)} bytes, too large for a diff)"]
+    found = difflib.unified_diff(_diff_input(old or b""), _diff_input(new), "/dev/null" if old is None else dest, dest,
+                                 lineterm="")
+    return "\n".join(found).split("\n")
+
+
+def _diff_input(data: bytes) -> list[str]:
+    *lines, last = data.decode("utf-8", "backslashreplace").split("\n")
+    return [*lines, f"{last}\n\\ No newline at end of file"] if last else lines
+
+
+# ---- one pass over all resources ----------------------------------------------------------------------
+
+class RenderOptions:
+    """How to render: directories, the global prefix, which resources, and what to leave out.
+
+    show: takes the lines of a diff if one is wanted.
+    """
+
+    __slots__ = ("confdir", "prefix", "as_confd", "names", "root", "dry_run", "sync_only", "show")
+
+    def __init__(self, confdir: str, prefix: str = "", as_confd: bool = False, names: Sequence[str] = (),
+                 root: str = "", dry_run: bool = False, sync_only: bool = False,
+                 show: Callable[[list[str]], None] | None = None) -> None:
+        self.confdir, self.prefix, self.as_confd, self.names = confdir, prefix, as_confd, names
+        self.root, self.dry_run, self.sync_only, self.show = root, dry_run, sync_only, show
+
+    @property
+    def templates(self) -> str:
+        """The directory of the templates."""
+        return os.path.join(self.confdir, "templates")
+
+
+class Reload:
+    """A reload command that has to run: for whose sake, how long it may take, whether its output may be shown."""
+
+    __slots__ = ("dest", "timeout", "secret")
+
+    def __init__(self, dest: str, timeout: float, secret: bool) -> None:
+        self.dest, self.timeout, self.secret = dest, timeout, secret
+
+
+def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, reloads: dict[str, Reload]) -> str:
+    """Bring the destination of one resource up to date; a reload that this calls for is added to reloads.
+
+    Returns "updated", "in sync" or "skipped". Error or OSError say why it failed: then the destination is as before.
+    """
+    try:
+        text = render_text(resource, tree, options.templates, options.as_confd)
+    except Skipped as skipped:
+        log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
+        return "skipped"
+    data = text.encode("utf-8", "surrogateescape")
+    path = follow(resource.dest, options.root)
+    dest = path if options.root else resource.dest
+    parent = os.path.dirname(path)
+    make_dirs = resource.make_dirs or bool(options.root)
+    if not make_dirs and not os.path.isdir(parent):
+        raise Error(f"directory {parent} does not exist (make_dirs = true makes it)")
+    present = Present(path)
+    wanted = Wanted(data, resource, present)
+    differences = wanted.differences(present, dest, resource.secret)
+    if not differences:
+        log.debug(f"Target config {dest} in sync")
+        return "in sync"
+    for difference in differences:
+        log.info(difference)
+    log.info(f"Target config {dest} out of sync")
+    fault = resource.output_format and check_format(text, resource.output_format)
+    if fault:
+        why = "not shown: secret = true" if resource.secret else fault
+        raise Error(f"output format validation failed ({resource.output_format}): {why}")
+    if options.show:
+        options.show(diff_lines(present.data, data, dest, resource.secret))
+    if options.dry_run:
+        log.warning(f"Noop mode enabled. {dest} will not be modified")
+        return "out of sync"
+    reload = resource.reload.render({"src": path, "dest": path}) if resource.reload and not options.sync_only else ""
+    if make_dirs:
+        os.makedirs(parent, 0o755, exist_ok=True)
+    stage = write_stage(path, wanted, options.as_confd)
+    try:
+        if resource.check and not options.sync_only:
+            command = run_command(resource.check.render({"src": stage, "dest": path}), resource.check_timeout)
+            _log_output(command, f"check_cmd of {resource.name}", resource.secret)
+            if command.failure:
+                raise Error(f"Config check failed: {command.failure}")
+        if stop.signal:
+            raise Stopped
+        swap(stage, path, wanted, options.as_confd)
+    except BaseException:
+        try:
+            os.unlink(stage)
+        except FileNotFoundError:
+            pass  # a command took it away
+        raise
+    log.info(f"Target config {dest} has been updated")
+    if reload:
+        reloads[reload] = Reload(dest, resource.reload_timeout, resource.secret)
+    return "updated"
+
+
+def run_reloads(reloads: dict[str, Reload]) -> int:
+    """Run the commands that are due, each once; those that fail stay due. Returns how many failed."""
+    failed = 0
+    for text, reload in list(reloads.items()):
+        command = run_command(text, reload.timeout, STOP_GRACE)
+        _log_output(command, f"reload_cmd of {reload.dest}", reload.secret)
+        if command.failure:
+            failed += 1
+            log.error(f"cannot reload after the change of {reload.dest}: {command.failure}: {text}")
+        else:
+            del reloads[text]
+    return failed
+
+
+def render_once(source: Any, options: RenderOptions, reloads: dict[str, Reload] | None = None) -> int:
+    """Render every resource once from one read of source; returns the exit code, after a line for each failure.
+
+    source: has read(keys) -> (revision, pairs), like Etcd and KeyFile. reloads: those still due from an earlier pass.
+    """
+    reloads = {} if reloads is None else reloads
+    count = {"updated": 0, "in sync": 0, "out of sync": 0, "skipped": 0, "failed": 0}
+    resources, findings = load_resources(options.confdir, options.prefix, options.as_confd, options.names)
+    for finding in findings:
+        words = "Cannot process template resource " if finding.path and finding.level == "error" else ""
+        log(finding.level, words + (f"{finding.place}: " if finding.path else "") + finding.message)
+    count["failed"] += len({finding.place for finding in findings if finding.level == "error"})
+    total = len(resources) + count["failed"]
+    if not resources and not findings:
+        log.warning("Found no templates")
+    keys = [key for resource in resources for key in resource.lookups]
+    code = EXIT_OK
+    tree = KeyTree()
+    due = resources
+    try:
+        if keys:
+            revision, pairs = stop.during(source.read, keys)
+            tree = KeyTree(pairs, revision)
+    except Error as error:
+        log.error(str(error))
+        code, due = error.exit_code, []
+        count["failed"] += len(resources)
+    for resource in due:
+        if stop.signal:
+            break
+        try:
+            outcome = render_resource(resource, tree, options, reloads)
+        except Exception as error:
+            outcome = "failed"
+            why = reason(error) if isinstance(error, (Error, OSError)) else bug(error)
+            log.error(f"cannot render {resource.dest}: {why} ({resource.name})")
+        except Stopped:
+            break
+        count[outcome] += 1
+    failed_reloads = run_reloads(reloads)
+    if stop.signal:
+        raise Stopped
+    parts = [f"{number} {outcome}" for outcome, number in count.items() if number]
+    if failed_reloads:
+        parts.append(f"{failed_reloads} reload{'s' * (failed_reloads > 1)} failed")
+    failed = bool(count["failed"] or failed_reloads)
+    log("error" if failed else "info", f"{total} template resources: {', '.join(parts) or 'nothing to do'}")
+    return code or (EXIT_FAILED if failed else EXIT_OK)
+
+
+RETRY_LIMIT = 60.0  # seconds at most between two passes while something fails
+
+
+RETRY_LIMIT = 60.0  # seconds at most between two passes while something fails
+
+
+def render_forever(source: Any, options: RenderOptions, interval: float) -> NoReturn:
+    """Render every interval seconds, sooner after a failure; ends with Stopped."""
+    reloads: dict[str, Reload] = {}
+    failures, first = 0, True
+    while True:
+        try:
+            failures = failures + 1 if render_once(source, options, reloads) else 0
+        except UsageError as error:
+            if first:
+                raise
+            failures += 1
+            log.error(str(error))  # it was right at first, so conf.d has changed
+        first = False
+        pause = min(interval, RETRY_LIMIT, 2.0 ** min(failures - 1, 10)) if failures else interval
+        stop.during(time.sleep, pause * (0.75 + os.urandom(1)[0] / 1024) if failures else pause)
+
+
+# ---- what can be told without etcd --------------------------------------------------------------------
+
+_STORE_READERS = {"exists": "key", "get": "key", "getv": "key", "gets": "pattern", "getvs": "pattern",
+                  "ls": "directory", "lsdir": "directory"}
+
+
+def lint(confdir: str, prefix: str = "", as_confd: bool = False) -> list[Finding]:
+    """Every mistake that can be found in conf.d and templates without keys, in the order of the resources."""
+    resources, findings = load_resources(confdir, prefix, as_confd)
+    if not resources and not findings:
+        findings.append(Finding(f"{confdir}/conf.d", 0, "warning", "Found no templates"))
+    writers: dict[str, Resource] = {}
+    for resource in resources:
+        findings += _lint_destination(resource, writers)
+        findings += _lint_template(resource, f"{confdir}/templates", resource.src, [])
+    return list({str(finding): finding for finding in findings}.values())
+
+
+def _lint_destination(resource: Resource, writers: dict[str, Resource]) -> list[Finding]:
+    found = []
+
+    def fault(key: str, level: str, message: str) -> None:
+        found.append(Finding(resource.path, resource.lines.get(key, resource.lines[""]), level, message))
+
+    path = os.path.abspath(resource.dest)
+    other = writers.setdefault(path, resource)
+    if other is not resource:
+        fault("dest", "error", f"{path} is also written by {other.name}")
+    if os.path.isdir(path):
+        fault("dest", "error", f"{path} is a directory")
+    elif not resource.make_dirs and not os.path.isdir(os.path.dirname(path)):
+        fault("dest", "warning", f"directory {os.path.dirname(path)} does not exist here (make_dirs = true makes it)")
+    for key in resource.required:
+        if not at_or_below(map(clean_key, resource.keys))(clean_key(key)):
+            fault("required", "error", f'keys does not list the required "{key}"')
+    for key, number in (("owner", resource.uid), ("group", resource.gid)):
+        try:
+            owner_id(getattr(resource, key), number, key)
+        except Error as error:
+            fault(key, "warning", str(error))
+    return found
+
+
+def _lint_template(resource: Resource, templates: str, name: str, above: list[str]) -> list[Finding]:
+    """The mistakes of a resource's template and of what it includes; above: those that include this one."""
+    path = os.path.normpath(f"{templates}/{name}")
+    try:
+        text = read_text(path)
+    except OSError as error:
+        why = f"Missing template: {path}" if isinstance(error, FileNotFoundError) else f"{path}: {reason(error)}"
+        return [Finding(resource.path, resource.lines["src"], "error", why)]
+    functions = resource_functions(KeyTree(), templates)
+    try:
+        template = Template(text, name=os.path.basename(path), functions=functions)
+    except TemplateError as error:
+        place = re.match(r"template: .*?:(\d+)(?::\d+)?: ", str(error))
+        message = str(error)[place.end():] if place else str(error)
+        return [Finding(path, int(place[1]) if place else 0, "error", message)]
+    found = []
+    for called, arguments, line in template.calls:
+        word = arguments[0] if arguments else None
+        if not isinstance(word, str):
+            continue
+        if called == "include" and word not in above and len(above) < INCLUDE_DEPTH:
+            found += _lint_template(resource, templates, word, [*above, name])
+        elif called in _STORE_READERS:
+            complaint = _unlisted(_STORE_READERS[called], word, resource)
+            if complaint:
+                found.append(Finding(path, line, "error", f'{called} "{word}": {complaint}'))
+    for bare in re.finditer(r"\{\{-?\s*datetime\s*-?\}\}", text):
+        found.append(Finding(path, 1 + text.count("\n", 0, bare.start()), "warning",
+                             "datetime without .Format changes the file at every pass"))
+    return found
+
+
+def _unlisted(kind: str, wanted: str, resource: Resource) -> str:
+    """Why a template can never find what it asks the store for, "" if it may."""
+    listed = [clean_key(key) for key in resource.keys]
+    if kind == "key":
+        if wanted != clean_key(wanted):
+            return f'no key reads so, it would be "{clean_key(wanted)}"'
+        if at_or_below(listed)(wanted):
+            return ""
+    else:
+        if kind == "pattern":
+            wanted = re.split(r"[*?\[\\]", wanted)[0].rpartition("/")[0]
+        wanted = clean_key(wanted)
+        if at_or_below(listed)(wanted) or any(map(at_or_below([wanted]), listed)):
+            return ""
+    return f"keys of {resource.name} does not list it"
+
 
 # ======================================================================================================
 # COMMAND LINE
 # Verbs, flags, help. Everything a user types; it knows only the doors of the rooms above.
+# The tables below are the parser, the help and the reference in README.md.
 # ======================================================================================================
 
-def main(argv: Sequence[str] = ()) -> int:
-    """Run one command line (without the program's name); returns the exit code."""
+# ---- flags and verbs ----------------------------------------------------------------------------------
+
+class Flag:
+    """One row of the table of flags that are no settings: name, kind (as in SETTINGS), word for its value, help."""
+
+    __slots__ = ("name", "kind", "value", "help")
+
+    def __init__(self, name: str, kind: str, value: str, help: str) -> None:
+        self.name, self.kind, self.value, self.help = name, kind, value, help
+
+
+FLAGS = {row.name: row for row in (
+    Flag("once", "flag", "", "render once and leave"),
+    Flag("keys", "text", "FILE", "take the keys from a JSON or TOML file instead of etcd"),
+    Flag("dry-run", "flag", "", "change no file and run no command"),
+    Flag("diff", "flag", "", "print a unified diff of every file that changes"),
+    Flag("sync-only", "flag", "", "run neither check_cmd nor reload_cmd"),
+    Flag("root", "text", "DIR", "put the destinations below DIR, making directories there; commands run as always"),
+    Flag("help", "flag", "", "show this help"),
+)}
+
+_VALUE_WORDS = {"confdir": "DIR", "compat": "confd", "prefix": "KEY", "node": "URL", "api": "2|3", "interval": "TIME",
+                "log-level": "LEVEL", "log-format": "text|json"}
+_KEY_FLAGS = ("keys", "node", "api", "prefix")  # where keys come from
+_LOG_FLAGS = ("log-level", "log-format", "help")
+
+
+class Verb:
+    """One row of the table of verbs: name, positional arguments as help shows them, flags, help, example, function.
+
+    arguments: "FILE" is needed, "[KEY]" is not, "[NAME ...]" takes any number. function(words, flags) returns the
+    exit code.
+    """
+
+    __slots__ = ("name", "arguments", "flags", "help", "example", "function")
+
+    def __init__(self, name: str, arguments: str, flags: tuple[str, ...], help: str, example: str,
+                 function: Callable[[list[str], dict[str, Any]], int]) -> None:
+        self.name, self.arguments, self.flags, self.help = name, arguments, flags, help
+        self.example, self.function = example, function
+
+
+def _flag_row(name: str) -> tuple[str, str, str, str]:
+    """kind, word for the value, help, and where the value comes from otherwise, of a flag or setting."""
+    if name in FLAGS:
+        flag = FLAGS[name]
+        return flag.kind, flag.value, flag.help, ""
+    row = SETTINGS[name]
+    default = row.default if isinstance(row.default, (str, tuple)) else f"{row.default:g}"
+    default = ",".join(default) if isinstance(default, tuple) else default
+    value = _VALUE_WORDS.get(name, "TEXT") if row.kind != "flag" else ""
+    return row.kind, value, row.help, row.env + (f", else {default}" if default else "")
+
+
+def parse_command_line(verb: Verb, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words and the flags ({name: text, list of texts, or True}) of a verb's arguments. UsageError."""
+    words: list[str] = []
+    flags: dict[str, Any] = {}
+    waiting = list(arguments)[::-1]
+    while waiting:
+        argument = waiting.pop()
+        if argument == "--":
+            words += waiting[::-1]
+            break
+        if argument == "-" or not argument.startswith("-"):
+            words.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=") if argument.startswith("--") else (argument, "", "")
+        if argument == "-h":
+            name = "help"
+        if name not in verb.flags:
+            raise UsageError(f"{verb.name} has no flag {argument.partition('=')[0]}{_flag_hint(verb, argument)}")
+        kind = _flag_row(name)[0]
+        if kind == "flag":
+            if equals:
+                value = _one_setting(name, kind, value)
+            flags[name] = value if equals else True
+            continue
+        if not equals:
+            if not waiting:
+                raise UsageError(f"--{name} needs a value: --{name} {_flag_row(name)[1]}")
+            value = waiting.pop()
+        if kind == "list":
+            flags.setdefault(name, []).append(value)
+        else:
+            flags[name] = value
+    needed = sum(1 for word in verb.arguments.split() if word.isupper() and "[" not in word and "]" not in word)
+    if "help" not in flags:
+        if len(words) < needed:
+            raise UsageError(f"{verb.name} needs {verb.arguments} (example: {verb.example.splitlines()[0]})")
+        if "..." not in verb.arguments and len(words) > len(verb.arguments.split()):
+            raise UsageError(f"{verb.name} takes no argument {words[len(verb.arguments.split())]}")
+    return words, flags
+
+
+def _one_setting(name: str, kind: str, value: str) -> Any:
+    try:
+        return _SETTING_KINDS[kind](value)
+    except ValueError as error:
+        raise UsageError(f"cannot use --{name}: {error}") from None
+
+
+def _flag_hint(verb: Verb, argument: str) -> str:
+    """What to write instead of an unknown flag, as the end of a message."""
+    name = argument.lstrip("-").partition("=")[0]
+    if name in verb.flags:
+        return f"; did you mean --{name}?"
+    if name in CONFD_FLAGS and CONFD_FLAGS[name].startswith("--"):
+        return f"; confd's -{name} is {CONFD_FLAGS[name].partition(' ')[0]} here"
+    return nearest(f"--{name}", [f"--{flag}" for flag in verb.flags]) or f" (etcdinit {verb.name} --help)"
+
+
+# ---- help ---------------------------------------------------------------------------------------------
+
+def _indented(pairs: Sequence[tuple[str, str]]) -> str:
+    width = max(len(left) for left, _ in pairs)
+    return "".join(f"  {left:{width}}  {right}\n" for left, right in pairs)
+
+
+def verb_help(verb: Verb) -> str:
+    """The help of one verb."""
+    flags = []
+    for name in verb.flags:
+        _, value, help, otherwise = _flag_row(name)
+        flags.append((f"--{name} {value}".rstrip(), help + (f" ({otherwise})" if otherwise else "")))
+    example = "".join(f"  {line}\n" for line in verb.example.splitlines())
+    usage = f"usage: etcdinit {verb.name} [FLAG ...] {verb.arguments}".rstrip()
+    return f"{usage}\n\n{verb.help}\n\nflags:\n{_indented(flags)}\nexample:\n{example}"
+
+
+def program_help() -> str:
+    """The help of the program."""
+    verbs = [(f"{verb.name} {verb.arguments}".rstrip(), verb.help.partition("\n")[0]) for verb in VERBS.values()]
+    examples = "".join(f"  {verb.example.splitlines()[0]}\n" for verb in VERBS.values())
+    return (f"usage: etcdinit VERB [FLAG ...] [ARGUMENT ...]\n\n{__doc__.partition(chr(10))[0] if __doc__ else ''}\n\n"
+            f"verbs (etcdinit VERB --help tells more):\n{_indented(verbs)}\nexamples:\n{examples}\n"
+            f"Every flag wins over its environment variable, and that over the default.\n"
+            f"Exit code: {EXIT_MEANINGS}.\n")
+
+
+EXIT_MEANINGS = (f"{EXIT_OK} all done, {EXIT_FAILED} something failed and was told, {EXIT_USAGE} wrong usage, "
+                 f"{EXIT_NO_ETCD} etcd not reached")
+
+
+def reference() -> str:
+    """The reference in README.md, in Markdown: verbs, flags with environment and defaults, keys of resources."""
+    def table(*rows: tuple[str, ...]) -> str:
+        head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+        return "".join(f"| {line} |\n" for line in [head, "|".join("---" for _ in rows[0]), *body])
+
+    verbs = [(f"`etcdinit {verb.name} {verb.arguments}".rstrip() + "`", verb.help.replace("\n", " "),
+              f"`{verb.example.splitlines()[0]}`") for verb in VERBS.values()]
+    names = dict.fromkeys(name for verb in VERBS.values() for name in verb.flags)
+    flags = []
+    for name in names:
+        _, value, help, otherwise = _flag_row(name)
+        env, _, default = otherwise.partition(", else ")
+        flags.append((f"`--{name} {value}".rstrip() + "`", env and f"`{env}`", default and f"`{default}`", help))
+    keys = [(f"`{row.name}`", row.kind, _default_text(row), row.help) for row in RESOURCE_KEYS.values()]
+    return "\n".join([table(("verb", "what it does", "example"), *verbs),
+                      table(("flag", "environment", "default", "meaning"), *flags),
+                      table(("key in [template]", "kind", "default", "meaning"), *keys),
+                      f"Exit code: {EXIT_MEANINGS}.\n"])
+
+
+def _default_text(row: ResourceKey) -> str:
+    if row.kind == "yes/no":
+        return "false"
+    if row.kind == "duration":
+        return f'"{row.default:g}s"'
+    return f'"{row.default}"' if row.default and row.kind != "id" else ""
+
+
+# ---- what confd's users type --------------------------------------------------------------------------
+
+CONFD_FLAGS = {  # confd's flag: its form here; {} takes the value; a name in capitals goes into the environment
+    "onetime": "--once", "watch": "", "interval": "--interval {}", "noop": "--dry-run", "sync-only": "--sync-only",
+    "confdir": "--confdir {}", "prefix": "--prefix {}", "node": "--node {}", "backend": "--api {}", "file": "--keys {}",
+    "log-level": "--log-level {}", "username": "ETCD_USERNAME", "password": "ETCD_PASSWORD",
+    "client-ca-keys": "ETCD_CA", "client-cert": "ETCD_CERT", "client-key": "ETCD_KEY", "srv-domain": "ETCD_SRV_DOMAIN",
+    "srv-record": "ETCD_SRV_RECORD", "scheme": "ETCD_SCHEME", "basic-auth": "", "keep-stage-file": "",
+    "config-file": "",
+}
+_CONFD_BACKENDS = {"etcd": "--api 2", "etcdv3": "--api 3"}
+_CONFD_WITH_VALUE = {"config-file", *(name for name, form in CONFD_FLAGS.items() if "{}" in form or form.isupper())}
+
+
+def confd_form(arguments: Sequence[str]) -> str:
+    """The etcdinit command line for one of confd, "" if it has none of confd's flags. Secrets are left out."""
+    environment: list[str] = []
+    command: list[str] = ["etcdinit render"]
+    waiting = list(arguments)[::-1]
+    known = False
+    while waiting:
+        name, equals, value = waiting.pop().lstrip("-").partition("=")
+        if name not in CONFD_FLAGS:
+            continue
+        known = True
+        form = CONFD_FLAGS[name]
+        if name in _CONFD_WITH_VALUE and not equals:
+            value = waiting.pop() if waiting else "..."
+        if name == "backend":
+            form = _CONFD_BACKENDS.get(value, "")
+        if form.isupper():
+            environment.append(f"{form}=...")
+        elif form:
+            command.append(form.format(printable(value)))
+    return " ".join(environment + command) if known else ""
+
+
+# ---- verbs --------------------------------------------------------------------------------------------
+
+def write_out(text: str) -> None:
+    """Write to standard output; quietly not if nobody reads it any more. Error if it cannot be written."""
+    view = memoryview(text.encode("utf-8", "surrogateescape"))
+    try:
+        while view:
+            view = view[os.write(1, view):]
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise Error(f"cannot write to standard output: {reason(error)}") from None
+
+
+_DIFF_COLOURS = {"+": "\x1b[32m", "-": "\x1b[31m", "@": "\x1b[36m"}
+
+
+def show_diff(lines: list[str]) -> None:
+    """Print a diff; on a terminal in colours (unless NO_COLOR is set) and with control characters made visible."""
+    if os.isatty(1):
+        lines = ["\t".join(map(printable, line.split("\t"))) for line in lines]
+        if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+            lines = [f"{_DIFF_COLOURS[line[0]]}{line}\x1b[0m" if line[:1] in _DIFF_COLOURS else line for line in lines]
+    write_out("".join(line + "\n" for line in lines))
+
+
+def _source(flags: Mapping[str, Any]) -> Any:
+    """Where keys come from: the file of --keys, else etcd."""
+    if flags.get("keys"):
+        return KeyFile(flags["keys"])
+    return Etcd(setting("node", flags), api=setting("api", flags))
+
+
+def _as_confd(flags: Mapping[str, Any]) -> bool:
+    peer = setting("compat", flags)
+    if peer not in ("", "confd"):
+        raise UsageError(f'cannot be compatible with "{peer}" (only with confd)')
+    return bool(peer)
+
+
+def render_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit render."""
+    options = RenderOptions(setting("confdir", flags), setting("prefix", flags), _as_confd(flags), words,
+                            flags.get("root") or "", bool(flags.get("dry-run")), bool(flags.get("sync-only")),
+                            show_diff if flags.get("diff") else None)
+    interval = setting("interval", flags)
+    source = _source(flags)
+    log.info(f"Backend source(s) set to {flags.get('keys') or ', '.join(setting('node', flags))}")
+    stop.install()
+    try:
+        if flags.get("once"):
+            return render_once(source, options)
+        render_forever(source, options, interval)
+    except Stopped:
+        log.info(f"Captured {'interrupt' if stop.signal == signal.SIGINT else 'terminated'}. Exiting...")
+        return 128 + stop.signal if flags.get("once") else EXIT_OK
+    finally:
+        source.close()
+
+
+def check_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit check."""
+    findings = lint(setting("confdir", flags), setting("prefix", flags), _as_confd(flags))
+    write_out("".join(f"{printable(str(finding))}\n" for finding in findings))
+    return EXIT_FAILED if any(finding.level == "error" for finding in findings) else EXIT_OK
+
+
+def template_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit template."""
+    path, prefix = words[0], effective_prefix("", setting("prefix", flags))
+    source = _source(flags)
+    try:
+        revision, pairs = source.read([prefix])
+    finally:
+        source.close()
+    tree = KeyTree(pairs, revision).under(prefix)
+    path = os.path.abspath(path)
+    functions = resource_functions(tree, os.path.dirname(path), path, as_confd=_as_confd(flags))
+    try:
+        text = Template(read_text(path), name=os.path.basename(path), functions=functions).render(None)
+    except OSError as error:
+        raise Error(f"cannot read template {words[0]}: {reason(error)}") from None
+    except TemplateError as error:
+        raise Error(f"cannot render {words[0]}: {without_values(str(error))}") from None
+    write_out(text)
     return EXIT_OK
+
+
+def get_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit get."""
+    key = effective_prefix(setting("prefix", flags), words[0])
+    source = _source(flags)
+    try:
+        value = source.get(key)
+    finally:
+        source.close()
+    if value is None:
+        raise Error(f"key {key} does not exist")
+    write_out(value + "\n")
+    return EXIT_OK
+
+
+def ls_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit ls."""
+    key = effective_prefix(setting("prefix", flags), words[0] if words else "")
+    source = _source(flags)
+    try:
+        revision, pairs = source.read([key])
+    finally:
+        source.close()
+    tree = KeyTree(pairs, revision)
+    if not len(tree) and key != "/":
+        raise Error(f"key {key} does not exist")
+    base = key.rstrip("/")
+    names = [name + "/" * (tree.is_dir(f"{base}/{name}") and tree.get(f"{base}/{name}") is None)
+             for name in tree.children(key)]
+    write_out("".join(f"{name}\n" for name in names or [key.rpartition("/")[2]] * (key in tree)))
+    return EXIT_OK
+
+
+VERBS = {row.name: row for row in (
+    Verb("render", "[RESOURCE ...]",
+         ("once", "interval", "confdir", "dry-run", "diff", "sync-only", "root", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
+         "Render the template resources of conf.d: check, swap in, reload.\n"
+         "Without --once it goes on doing so every --interval. RESOURCE is a file of conf.d or a destination; "
+         "without any, all are rendered.",
+         "etcdinit render --once --node http://10.0.0.1:2379\n"
+         "etcdinit render --once --dry-run --diff --keys keys.json nginx", render_verb),
+    Verb("check", "", ("confdir", "prefix", "compat", *_LOG_FLAGS),
+         "Search conf.d and templates for mistakes, without etcd; file:line of each.\n"
+         "The exit code is 1 if there is an error; warnings alone are 0.",
+         "etcdinit check --confdir ./image/etc/confd", check_verb),
+    Verb("template", "FILE", ("compat", *_KEY_FLAGS, *_LOG_FLAGS),
+         "Render one template to standard output.",
+         "etcdinit template nginx.conf.tmpl --keys keys.json", template_verb),
+    Verb("get", "KEY", (*_KEY_FLAGS, *_LOG_FLAGS), "Print the value of a key (below --prefix).",
+         "etcdinit get /lb/upstreams/web/1", get_verb),
+    Verb("ls", "[KEY]", (*_KEY_FLAGS, *_LOG_FLAGS), "List the names directly below a key (below --prefix).",
+         "etcdinit ls /lb/upstreams", ls_verb),
+)}
+
+
+# ---- main ---------------------------------------------------------------------------------------------
+
+def run_command_line(argv: Sequence[str]) -> int:
+    """One command line; raises Error for whatever fails as a whole."""
+    word = argv[0] if argv else ""
+    if word in ("--version", "-version", "version"):
+        write_out(f"etcdinit {__version__}\n")
+        return EXIT_OK
+    if word in ("--help", "-h", "-help", "help"):
+        asked = argv[1] if len(argv) > 1 else ""
+        write_out(verb_help(VERBS[asked]) if asked in VERBS else program_help())
+        return EXIT_OK
+    if not word:
+        raise UsageError("a verb is needed: " + ", ".join(VERBS) + " (etcdinit --help)")
+    if word not in VERBS:
+        instead = confd_form(argv) if word.startswith("-") else ""
+        if instead:
+            raise UsageError(f"{word.partition('=')[0]} is a flag of confd; here it is: {instead}")
+        if word.startswith("-"):
+            raise UsageError(f"the verb comes first, then {word.partition('=')[0]}: etcdinit VERB [FLAG ...]")
+        raise UsageError(f"unknown verb {word}{nearest(word, VERBS) or ' (etcdinit --help)'}")
+    verb = VERBS[word]
+    words, flags = parse_command_line(verb, argv[1:])
+    if flags.get("help"):
+        write_out(verb_help(verb))
+        return EXIT_OK
+    log.configure(setting("log-level", flags), setting("log-format", flags))
+    return verb.function(words, flags)
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Run one command line (without the program's name); returns the exit code. Lets no exception out."""
+    try:
+        for fd in (0, 1, 2):
+            _keep_open(fd)
+        return run_command_line(argv)
+    except KeyboardInterrupt:
+        return 130
+    except UsageError as error:
+        os.write(2, f"etcdinit: {printable(mask(str(error)))}\n".encode("utf-8", "backslashreplace"))
+        return error.exit_code
+    except Error as error:
+        log.error(str(error))
+        return error.exit_code
+    except Exception as error:
+        log.error(f"unexpected {bug(error)}")
+        return EXIT_FAILED
+
+
+def _keep_open(fd: int) -> None:
+    """See to it that no file of ours becomes standard input, output or error because that was closed."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        try:
+            os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+        except OSError:
+            pass
 
 
 if __name__ == "__main__":
