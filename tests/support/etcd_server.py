@@ -153,6 +153,10 @@ class EtcdServer:
             revision = int(data["header"]["revision"])
         return revision
 
+    def delete(self, key: str) -> None:
+        """Delete a key by the v3 API."""
+        self.call("/kv/deleterange", {"key": b64(key)})
+
     def compact(self, revision: int) -> None:
         self.call("/kv/compaction", {"revision": revision})
 
