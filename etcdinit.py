@@ -60,7 +60,7 @@ LAZY_MODULES = {  # name in this file: module
     "select": "select",
     "signal": "_signal",  # the signal module wraps this one in enums
     "socket": "_socket",  # the socket module wraps this one in enums and a selector
-    "ssl": "ssl",
+    "ssl": "_ssl",  # the ssl module brings socket, selectors and enum: 3 MB
     "struct": "_struct",
     "tomllib": "tomllib",
 }
@@ -68,6 +68,7 @@ LAZY_MODULES = {  # name in this file: module
 if TYPE_CHECKING:
     import _ast as ast
     import _socket as socket
+    import _ssl as ssl
     import binascii
     import datetime
     import difflib
@@ -80,7 +81,6 @@ if TYPE_CHECKING:
     import re
     import select
     import signal
-    import ssl
     import struct
     import tomllib
 else:
@@ -272,13 +272,29 @@ class Setting:
         self.name, self.env, self.kind, self.default, self.help = name, env, kind, default, help
 
 
-# kinds: text, flag (a boolean), list (repeatable flag; comma-separated in the environment), duration (Go's)
+# kinds: text, flag (a boolean), list (repeatable flag; comma-separated in the environment), duration (Go's),
+# credential (for secret(): the text, or by NAME_FILE or /run/secrets a file), secret (the same, and never shown)
 SETTINGS = {row.name: row for row in (
     Setting("confdir", "ETCDINIT_CONFDIR", "text", "/etc/confd", "directory with conf.d/ and templates/"),
     Setting("compat", "ETCDINIT_COMPAT", "text", "", 'keep the quirks of a peer: "confd"'),
     Setting("prefix", "ETCD_PREFIX", "text", "", "prefix put before the prefix of every resource"),
     Setting("node", "ETCD_ENDPOINTS", "list", ("http://127.0.0.1:2379",), "etcd endpoint; repeatable"),
     Setting("api", "ETCD_API", "text", "auto", "etcd API: auto, 2 or 3"),
+    Setting("srv-domain", "ETCD_SRV_DOMAIN", "text", "", "domain whose DNS SRV records tell where etcd is"),
+    Setting("srv-name", "ETCD_SRV_NAME", "text", "", "suffix of etcd's SRV names: _etcd-client-ssl-NAME._tcp"),
+    Setting("srv-record", "ETCD_SRV_RECORD", "text", "", "SRV record that is asked as it stands, instead of a domain"),
+    Setting("scheme", "ETCD_SCHEME", "text", "", "https (default), or http: must be said to send a password so"),
+    Setting("username", "ETCD_USERNAME", "credential", "", "etcd user"),
+    Setting("password", "ETCD_PASSWORD", "secret", "", "its password"),
+    Setting("ca", "ETCD_CA", "credential", "", "CA certificates to trust: a path, PEM text, or base64 of PEM"),
+    Setting("cert", "ETCD_CERT", "credential", "", "client certificate, in the same forms"),
+    Setting("key", "ETCD_KEY", "secret", "", "its key, in the same forms; as text it stays in memory"),
+    Setting("tls-server-name", "ETCD_TLS_SERVER_NAME", "text", "",
+            'name that certificates must hold, not the endpoint\'s or the SRV domain ("target": the SRV target\'s)'),
+    Setting("insecure-skip-verify", "ETCD_INSECURE_SKIP_VERIFY", "flag", False, "do not verify certificates"),
+    Setting("connect-timeout", "ETCD_CONNECT_TIMEOUT", "duration", 2.0, "time for a connection to one endpoint"),
+    Setting("answer-timeout", "ETCD_ANSWER_TIMEOUT", "duration", 5.0, "time for a request, over all endpoints"),
+    Setting("keep-secrets", "ETCDINIT_KEEP_SECRETS", "flag", False, "leave secrets in the environment of services"),
     Setting("interval", "ETCDINIT_INTERVAL", "duration", 600.0, "time between two full passes"),
     Setting("log-level", "ETCDINIT_LOG_LEVEL", "text", "info", "debug, info, warning, error or fatal"),
     Setting("log-format", "ETCDINIT_LOG_FORMAT", "text", "text", "text or json"),
@@ -313,7 +329,76 @@ def _words(value: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(word.strip() for part in parts for word in part.split(",") if word.strip())
 
 
-_SETTING_KINDS: dict[str, Callable[[Any], Any]] = {"text": str, "flag": _boolean, "list": _words, "duration": duration}
+_SETTING_KINDS: dict[str, Callable[[Any], Any]] = {"text": str, "flag": _boolean, "list": _words, "duration": duration,
+                                                   "credential": str, "secret": str}
+
+
+# ---- credentials and secrets --------------------------------------------------------------------------
+
+SECRETS_DIRECTORY = "/run/secrets"  # where container runtimes put secrets as files
+
+
+class Secret:
+    """A credential: a text, or a file that is read again when it changes.
+
+    where: the setting it came from, for messages; hidden: its text is blotted out of everything that is shown.
+    """
+
+    __slots__ = ("where", "path", "hidden", "_text", "_stamp")
+
+    def __init__(self, where: str, text: str = "", path: str = "", hidden: bool = False) -> None:
+        self.where, self.path, self.hidden = where, path, hidden
+        self._text = text
+        self._stamp: tuple[int, ...] = ()  # of the file when it was read
+        self._hide()
+
+    def text(self) -> str:
+        """The credential without trailing line ends. UsageError if its file cannot be read and never could."""
+        if not self.path:
+            return self._text
+        try:
+            status = os.stat(self.path)
+            stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if stamp != self._stamp:
+                with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+                    self._text = file.read(1 << 20).rstrip("\r\n")
+                self._stamp = stamp
+                self._hide()
+        except OSError as error:
+            if not self._stamp:
+                raise UsageError(f"cannot read {self.where} from {self.path}: {reason(error)}") from None
+            log.warning(f"cannot read {self.where} again from {self.path}: {reason(error)}")
+        return self._text
+
+    def _hide(self) -> None:
+        for line in (self._text, *self._text.split("\n")) if self.hidden else ():
+            if not line.startswith("-----"):  # of a PEM text each line, as log lines are broken up
+                conceal(line)
+
+
+def secret(name: str, flags: Mapping[str, Any] = {}, environ: Mapping[str, str] = os.environ) -> Secret | None:
+    """A credential from its flag, its variable NAME, the file that NAME_FILE names, or /run/secrets/NAME (or name)."""
+    row = SETTINGS[name]
+    hidden = row.kind == "secret"
+    if flags.get(name):
+        return Secret(f"--{name}", str(flags[name]), hidden=hidden)
+    if environ.get(row.env):
+        return Secret(row.env, environ[row.env], hidden=hidden)
+    if environ.get(row.env + "_FILE"):
+        return Secret(row.env + "_FILE", path=environ[row.env + "_FILE"], hidden=hidden)
+    for file in (row.env, row.env.lower()):
+        path = os.path.join(SECRETS_DIRECTORY, file)
+        if os.path.isfile(path):
+            return Secret(row.env, path=path, hidden=hidden)
+    return None
+
+
+def public_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for processes that are not ours: without secrets, unless ETCDINIT_KEEP_SECRETS is set."""
+    if setting("keep-secrets", {}, environ):
+        return dict(environ)
+    secrets = {row.env for row in SETTINGS.values() if row.kind == "secret"}
+    return {name: value for name, value in environ.items() if name not in secrets}
 
 
 # ======================================================================================================
@@ -1044,7 +1129,12 @@ def host_addresses(host: str) -> list[str]:
 # ======================================================================================================
 
 CONNECT_TIMEOUT = 2.0  # seconds until a connection stands
-ANSWER_TIMEOUT = 5.0  # seconds until an answer is there; below the 7 s after which etcd itself gives up
+ANSWER_TIMEOUT = 5.0  # seconds for a request over all endpoints; below the 7 s after which etcd itself gives up
+SHORTEST_TRY = 0.2  # part of that time that an endpoint gets at least before the next is asked
+BACKOFF_FIRST, BACKOFF_LONGEST = 0.1, 1.0  # seconds between rounds over all endpoints while none can serve
+CIRCUIT_FIRST, CIRCUIT_LONGEST = 1.0, 30.0  # seconds for which an endpoint that failed is asked last
+SRV_PATIENCE = 15.0  # seconds that DNS gets at start to know the SRV name: it may come up later than we
+SRV_SHORTEST, SRV_RETRY = 5, 30.0  # seconds: the least time between two lookups; until the next after a failed one
 SLOWEST_ANSWER = 256 * 1024  # bytes a second that a large answer must bring to be waited for beyond that
 MAX_HEAD = 64 * 1024  # bytes of status line and header fields
 MAX_ANSWER = 16 * 1024 * 1024  # bytes of one answer; a v3 range that is larger is asked in smaller pages
@@ -1071,6 +1161,10 @@ class EtcdUnreachable(EtcdError):
     """No connection, no answer in time, or an answer that says that the member cannot serve now."""
 
     exit_code = EXIT_NO_ETCD
+
+
+class EtcdTlsError(EtcdUnreachable):
+    """TLS failed: a certificate, a name, a version, or no TLS at all."""
 
 
 class EtcdDenied(EtcdError):
@@ -1237,15 +1331,29 @@ def http_request(method: str, target: str, host: str, headers: Mapping[str, str]
     return "\r\n".join(lines).encode("latin-1") + body
 
 
-# ---- connections --------------------------------------------------------------------------------------
+# ---- endpoints ----------------------------------------------------------------------------------------
+
+def jitter(seconds: float) -> float:
+    """A random time between half of it and all of it, so that many clients do not come back together."""
+    return seconds * (0.5 + _random_below(1000) / 2000)
+
 
 class Endpoint:
-    """Where one etcd member listens for clients: scheme, host (a name, or an address without brackets), port."""
+    """Where one etcd member listens for clients, and how it fared.
 
-    __slots__ = ("scheme", "host", "port")
+    scheme; host: a name, or an address without brackets; port; server_name: whom its certificate must name;
+    source: what named it; priority: of its SRV record; addresses: that came with the SRV record.
+    A failed endpoint is asked last until retry_at (see now()); trouble says why it failed.
+    """
 
-    def __init__(self, scheme: str, host: str, port: int) -> None:
-        self.scheme, self.host, self.port = scheme, host, port
+    __slots__ = ("scheme", "host", "port", "server_name", "source", "priority", "addresses", "failures", "retry_at",
+                 "trouble")
+
+    def __init__(self, scheme: str, host: str, port: int, source: str = "", server_name: str = "", priority: int = 0,
+                 addresses: Sequence[str] = ()) -> None:
+        self.scheme, self.host, self.port, self.source = scheme, host, port, source
+        self.server_name, self.priority, self.addresses = server_name or host, priority, addresses
+        self.failures, self.retry_at, self.trouble = 0, 0.0, ""
 
     @property
     def authority(self) -> str:
@@ -1255,21 +1363,155 @@ class Endpoint:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}"
 
+    def failed(self, why: str) -> None:
+        """Open the circuit: each failure in a row doubles the time for which others are asked first."""
+        self.failures, self.trouble = self.failures + 1, why
+        self.retry_at = now() + jitter(min(CIRCUIT_LONGEST, CIRCUIT_FIRST * 2 ** min(self.failures - 1, 10)))
+
+    def works(self) -> None:
+        """Close the circuit."""
+        self.failures, self.retry_at, self.trouble = 0, 0.0, ""
+
 
 _ENDPOINT = r"(?:(https?)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/*"
 
 
-def parse_endpoint(text: str, scheme: str = "http") -> Endpoint:
+def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoint:
     """An endpoint from "http://host:port", "host:port", "host" (port 2379) or "[::1]:2379".
 
     scheme: the one for an endpoint that names none. UsageError says what is wrong.
     """
     parts = re.fullmatch(_ENDPOINT, text.strip())
+    if "@" in text:  # not quoted: what stands before it is likely a password
+        raise UsageError("an etcd endpoint holds no user and password: set ETCD_USERNAME and ETCD_PASSWORD")
     if not parts or not 0 < int(parts[3] or 2379) < 65536:
         raise UsageError(f'not an etcd endpoint: "{printable(text)}"'
                          " (examples: http://10.0.0.1:2379, etcd1:2379, https://[::1]:2379)")
-    return Endpoint(parts[1] or scheme, parts[2].strip("[]"), int(parts[3] or 2379))
+    return Endpoint(parts[1] or scheme, parts[2].strip("[]"), int(parts[3] or 2379), source)
 
+
+# ---- TLS ----------------------------------------------------------------------------------------------
+
+CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem", "/etc/pki/tls/certs/ca-bundle.crt")
+
+_TLS_REMEDIES: dict[int | str, str] = {  # OpenSSL's number for a failed verification, or its name for a failure
+    9: "its certificate is not valid yet (is the clock of one side wrong?)",
+    10: "its certificate has expired (renew it on the server; is the clock here right?)",
+    18: "its certificate is signed by itself, not by an authority that is trusted here (set ETCD_CA)",
+    19: "its certificate is signed by an authority that is not trusted here (set ETCD_CA to that CA's certificate)",
+    20: "its certificate is signed by an authority that is not trusted here (set ETCD_CA to that CA's certificate)",
+    21: "its certificate is signed by an authority that is not trusted here (set ETCD_CA to that CA's certificate)",
+    62: "its certificate is not for {name} (use a name that it holds, or set ETCD_TLS_SERVER_NAME to one)",
+    64: "its certificate is not for the address {name} (use a name that it holds, or set ETCD_TLS_SERVER_NAME to one)",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS (is it http? say ETCD_SCHEME=http, or http:// in the endpoint)",
+    "UNSUPPORTED_PROTOCOL": "it offers nothing newer than TLS 1.1; TLS 1.2 or later is needed",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "it offers nothing newer than TLS 1.1; TLS 1.2 or later is needed",
+    **dict.fromkeys(
+        ("SSLV3_ALERT_BAD_CERTIFICATE", "TLSV13_ALERT_CERTIFICATE_REQUIRED", "TLSV1_ALERT_UNKNOWN_CA",
+         "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE", "SSLV3_ALERT_HANDSHAKE_FAILURE",
+         "SSLV3_ALERT_CERTIFICATE_EXPIRED"),
+        "it wants a client certificate that it can accept: signed by its --trusted-ca-file, valid, and for client"
+        " authentication (set ETCD_CERT and ETCD_KEY)"),
+}
+
+
+def tls_failure(error: ssl.SSLError, name: str) -> str:
+    """A failure of TLS in one sentence, with what to change if that is known; name: what the certificate must hold."""
+    number = getattr(error, "verify_code", 0)
+    told = _TLS_REMEDIES.get(number) or _TLS_REMEDIES.get(error.reason or "")
+    if told:
+        return told.format(name=name)
+    if number:
+        return f"its certificate is not accepted: {getattr(error, 'verify_message', number)}"
+    return "TLS failed: " + (error.reason or str(error)).lower().replace("_", " ")
+
+
+class Tls:
+    """How https is spoken: whom to trust, who we are. Credentials in files are read again when they change.
+
+    ca, cert, key: PEM as text or base64, or a path to it, None for none (ca: the system's authorities).
+    """
+
+    __slots__ = ("ca", "cert", "key", "verify", "_context", "_made_of")
+
+    def __init__(self, ca: Secret | None = None, cert: Secret | None = None, key: Secret | None = None,
+                 verify: bool = True) -> None:
+        self.ca, self.cert, self.key, self.verify = _as_file(ca), _as_file(cert), _as_file(key), verify
+        if bool(cert) != bool(key):
+            raise UsageError("ETCD_CERT and ETCD_KEY belong together: one of them is not set")
+        self._context: Any = None  # an ssl._SSLContext
+        self._made_of: tuple[str, ...] = ()
+
+    def context(self) -> Any:
+        """The context for new connections: TLS 1.2 or later, no ALPN (h2 would bring HTTP/2). UsageError."""
+        texts = tuple(_pem(source) for source in (self.ca, self.cert, self.key))
+        if self._context is None or texts != self._made_of:
+            self._context, self._made_of = self._make(*texts), texts
+        return self._context
+
+    def _make(self, ca: str, cert: str, key: str) -> Any:
+        context: Any = ssl._SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.PROTO_TLSv1_2
+        context.check_hostname = self.verify
+        context.verify_mode = ssl.CERT_REQUIRED if self.verify else ssl.CERT_NONE
+        if ca:
+            try:
+                context.load_verify_locations(None, None, ca)
+            except OSError as error:
+                raise UsageError(f"cannot use {self.ca.where if self.ca else ''}: {reason(error)}") from None
+        elif self.verify:
+            context.set_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR, or where OpenSSL was built to look
+            bundle = next((path for path in CA_BUNDLES if os.path.isfile(path)), None)
+            if bundle and "SSL_CERT_FILE" not in os.environ:
+                context.load_verify_locations(bundle)
+        if key:
+            self._load_identity(context, cert, key)
+        return context
+
+    def _load_identity(self, context: Any, cert: str, key: str) -> None:
+        """Load certificate and key from memory: OpenSSL reads files only, so the file is one without a name."""
+        where = f"{self.cert.where if self.cert else ''} and {self.key.where if self.key else ''}"
+        if "ENCRYPTED" in key:
+            raise UsageError(f"cannot use {where}: the key is encrypted (openssl pkey takes the encryption off)")
+        file = os.memfd_create("etcdinit")
+        try:
+            os.write(file, f"{cert}\n{key}\n".encode("utf-8", "surrogateescape"))
+            context.load_cert_chain(f"/proc/self/fd/{file}")
+        except OSError as error:
+            text = str(getattr(error, "reason", "") or reason(error)).lower().replace("_", " ")
+            if not os.path.exists("/proc/self/fd"):
+                text = "/proc is not mounted"
+            raise UsageError(f"cannot use {where}: {text}") from None
+        finally:
+            os.close(file)
+
+
+def _as_file(source: Secret | None) -> Secret | None:
+    """A credential whose text is a path becomes one that is read from there."""
+    if source and not source.path and source.text().startswith(("/", "./", "../")):
+        return Secret(source.where, path=source.text(), hidden=source.hidden)
+    return source
+
+
+def _pem(source: Secret | None) -> str:
+    """The PEM text of a credential in any of its forms, "" for none. UsageError."""
+    if source is None:
+        return ""
+    text = source.text()
+    if "-----BEGIN" not in text:
+        try:
+            text = binascii.a2b_base64("".join(text.split()).encode(), strict_mode=True).decode()
+        except ValueError:
+            text = ""
+        if "-----BEGIN" not in text:
+            raise UsageError(f"cannot use {source.where}{' from ' * bool(source.path)}{source.path}:"
+                             " neither PEM text, nor base64 of it, nor a path")
+        if source.hidden:
+            Secret(source.where, text, hidden=True)  # the decoded form is as secret
+    return text.replace("\\n", "\n")  # what is left of line ends in some environments
+
+
+# ---- connections --------------------------------------------------------------------------------------
 
 def wait_readable(fd: int, deadline: float, writable: bool = False) -> None:
     """Wait until a descriptor can be read (or written); TimeoutError when the deadline has passed."""
@@ -1280,26 +1522,31 @@ def wait_readable(fd: int, deadline: float, writable: bool = False) -> None:
 
 
 class Connection:
-    """One connection to an endpoint. Never blocks beyond the deadline that each call is given (see now())."""
+    """One connection to an endpoint, with TLS or without. Never blocks beyond the deadline that a call is given."""
 
-    __slots__ = ("endpoint", "used", "_socket")
+    __slots__ = ("endpoint", "used", "_socket", "_tls", "_incoming", "_outgoing")
 
-    def __init__(self, endpoint: Endpoint, deadline: float) -> None:
-        """Connect to the first address that takes it. OSError, TimeoutError."""
+    def __init__(self, endpoint: Endpoint, deadline: float, tls: Tls | None = None) -> None:
+        """Connect to the first address that takes it. OSError (TimeoutError, ssl.SSLError), DnsError, UsageError."""
         self.endpoint = endpoint
         self.used = False  # an answer has come over it: it may have been closed meanwhile
-        addresses = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
-        for index, (family, kind, protocol, _, address) in enumerate(addresses):
-            self._socket = socket.socket(family, kind, protocol)
+        self._tls: Any = None  # an ssl._SSLSocket between the two buffers, once it is asked for
+        addresses = endpoint.addresses or resolve_address(endpoint.host, deadline)
+        for index, address in enumerate(addresses):
+            self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
             try:
                 share = (deadline - now()) / (len(addresses) - index)  # a dead address leaves time for the next
-                self._connect(address, now() + share)
+                self._connect(_socket_address(address, endpoint.port), now() + share)
+                if tls:
+                    self._handshake(tls, deadline)
                 return
             except OSError:
                 self._socket.close()
                 if index == len(addresses) - 1:
                     raise
-        raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
+            except BaseException:
+                self._socket.close()
+                raise
 
     def _connect(self, address: Any, deadline: float) -> None:
         self._socket.setblocking(False)
@@ -1311,12 +1558,48 @@ class Connection:
         if failure:
             raise OSError(failure, os.strerror(failure))
 
+    def _handshake(self, tls: Tls, deadline: float) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = tls.context()._wrap_bio(self._incoming, self._outgoing, False, self.endpoint.server_name)
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._flush(deadline)
+                data = self._receive_raw()
+                if data is None:
+                    wait_readable(self.fileno(), deadline)
+                elif data:
+                    self._incoming.write(data)
+                else:
+                    raise OSError(errno.ECONNRESET, "the connection was closed during the TLS handshake") from None
+            except ssl.SSLError:
+                self._flush(now() + 0.1)  # our alert tells the server why
+                raise
+        self._flush(deadline)
+
+    def _flush(self, deadline: float) -> None:
+        if self._outgoing.pending:
+            self._send_raw(self._outgoing.read(), deadline)
+
+    def tls_version(self) -> str:
+        """As in "TLSv1.3", "" for a connection without TLS."""
+        return (self._tls.version() or "") if self._tls else ""
+
     def fileno(self) -> int:
         """The descriptor, for poll()."""
         return self._socket.fileno()
 
     def send(self, data: bytes, deadline: float) -> None:
         """Send all of it. OSError, TimeoutError."""
+        if self._tls is None:
+            self._send_raw(data, deadline)
+            return
+        self._tls.write(data)
+        self._flush(deadline)
+
+    def _send_raw(self, data: bytes, deadline: float) -> None:
         view = memoryview(data)
         while view:
             try:
@@ -1325,7 +1608,24 @@ class Connection:
                 wait_readable(self.fileno(), deadline, writable=True)
 
     def receive(self) -> bytes | None:
-        """What has arrived: b"" when the other side has closed, None when there is nothing now."""
+        """What has arrived: b"" when the other side has closed, None when there is nothing now. OSError."""
+        if self._tls is None:
+            return self._receive_raw()
+        while True:
+            try:
+                return bytes(self._tls.read(64 * 1024))
+            except ssl.SSLWantReadError:
+                data = self._receive_raw()
+                if data is None:
+                    return None
+                if data:
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                return b""
+
+    def _receive_raw(self) -> bytes | None:
         try:
             return self._socket.recv(64 * 1024)
         except BlockingIOError:
@@ -1364,13 +1664,20 @@ V3_BASES = ("/v3", "/v3beta", "/v3alpha")  # etcd 3.4 and later, 3.3, 3.2
 # A gRPC status code (v3) or errorCode (v2) and the error it is raised as; messages decide first where etcd gives
 # one code to different things.
 _V3_CODES = {4: EtcdUnreachable, 7: EtcdDenied, 8: EtcdTooBig, 14: EtcdUnreachable, 16: EtcdDenied}
-_V3_MESSAGES = (
-    ("has been compacted", EtcdCompacted), ("is a future revision", EtcdCompacted),
-    ("user name is empty", EtcdDenied), ("authentication failed", EtcdDenied), ("auth store is old", EtcdDenied),
-    ("CommonName of client", EtcdDenied), ("context deadline exceeded", EtcdUnreachable),
-    ("request timed out", EtcdUnreachable), ("no leader", EtcdUnreachable),
+_V3_MESSAGES = (  # a part of the message, the error, what to do about it
+    ("has been compacted", EtcdCompacted, ""), ("is a future revision", EtcdCompacted, ""),
+    ("user name is empty", EtcdDenied, "set ETCD_USERNAME and ETCD_PASSWORD"),
+    ("authentication failed", EtcdDenied, "check ETCD_USERNAME and ETCD_PASSWORD"),
+    ("auth store is old", EtcdDenied, ""), ("permission denied", EtcdDenied, "the role of the user does not hold it"),
+    ("CommonName of client", EtcdDenied, "with auth on, etcd's JSON gateway takes client certificates with an empty CN"
+                                         " only: make one, and set ETCD_USERNAME and ETCD_PASSWORD"),
+    ("context deadline exceeded", EtcdUnreachable, ""), ("request timed out", EtcdUnreachable, ""),
+    ("no leader", EtcdUnreachable, ""),
+    ("authentication handshake failed", EtcdUnreachable, "the server's certificate must be for client authentication"
+                                                         " too: etcd's gateway connects to itself with it"),
 )
 _V2_CODES = {110: EtcdDenied, 300: EtcdUnreachable, 301: EtcdUnreachable, 401: EtcdCompacted}
+_TOKEN_REFUSED = ("invalid auth token", "user name is empty", "auth store is old")  # log in again, once
 
 
 def key_text(data: bytes) -> str:
@@ -1450,7 +1757,8 @@ def v3_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
         message = str(data.get("message") or data.get("error") or "")
     message = printable(message[:500]) or f"HTTP status {status} without a message"
     kind = _V3_CODES.get(code or 0, EtcdUnreachable if status >= 500 and code is None else EtcdError)
-    return next((found for text, found in _V3_MESSAGES if text in message), kind), code, message
+    kind, remedy = next(((found, remedy) for text, found, remedy in _V3_MESSAGES if text in message), (kind, ""))
+    return kind, code, f"{message} ({remedy})" if remedy else message
 
 
 def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, str]:
@@ -1488,28 +1796,115 @@ def v2_target(key: str, query: str = "") -> str:
     return f"/v2/keys{quoted}{'?' if query else ''}{query}"
 
 
+# ---- endpoints from DNS -------------------------------------------------------------------------------
+
+def srv_questions(domain: str, record: str, name: str, scheme: str) -> list[tuple[str, str]]:
+    """The SRV names to ask, in order, each with the scheme of what it names: the record alone, or those of a domain.
+
+    etcd's own names come first (name: their suffix, etcd's --discovery-srv-name), then confd's.
+    """
+    if record:
+        return [(record, scheme)]
+    suffix = f"-{name}" if name else ""
+    questions = [(f"_etcd-client-ssl{suffix}._tcp.{domain}", "https"), (f"_etcd-client{suffix}._tcp.{domain}", scheme)]
+    if scheme == "http":
+        questions.reverse()
+    return questions + [(f"_etcd._tcp.{domain}", scheme)] * (not name)
+
+
+def srv_domain(question: str) -> str:
+    """The domain of an SRV name, as example.org of _etcd-client._tcp.example.org: what certificates must hold."""
+    labels = question.rstrip(".").split(".")
+    while len(labels) > 1 and labels[0].startswith("_"):
+        del labels[0]
+    return ".".join(labels)
+
+
+def srv_endpoints(questions: Sequence[tuple[str, str]], deadline: float) -> tuple[list[Endpoint], int]:
+    """The endpoints of the first SRV name that has any, in RFC 2782 order, and their ttl in seconds. DnsError."""
+    failures: list[DnsError] = []
+    for question, scheme in questions:
+        # First as it stands: with Kubernetes' ndots:5 every search domain would be asked before.
+        for name in dict.fromkeys((question.rstrip(".") + ".", question)):
+            try:
+                answer = resolve_srv(name, deadline)
+            except DnsError as error:
+                failures.append(error)
+                if error.temporary:
+                    break
+                continue
+            source = f"SRV {question.rstrip('.')}"
+            return [Endpoint(scheme, record.target.rstrip("."), record.port, source, srv_domain(question),
+                             record.priority, tuple(record.addresses)) for record in answer.records], answer.ttl
+    raise next((failure for failure in failures if failure.temporary), failures[0])
+
+
 # ---- the client ---------------------------------------------------------------------------------------
 
 class Etcd:
-    """A client of one etcd cluster over plain HTTP/1.1: one kept connection, the next endpoint when one fails.
+    """A client of one etcd cluster over HTTP/1.1: one kept connection, other endpoints when one fails.
 
-    Raises EtcdError; a method name tells what is asked, the error which endpoint answered what.
+    endpoints is the list in the order of preference; the one that answered last is asked first. A request has
+    answer_timeout for all endpoints together. Raises EtcdError, which tells what was asked and who answered what.
     """
 
-    __slots__ = ("api", "endpoints", "connect_timeout", "answer_timeout", "_connection", "_base")
+    __slots__ = ("api", "endpoints", "connect_timeout", "answer_timeout", "username", "password", "tls", "server_name",
+                 "questions", "_connection", "_current", "_base", "_token", "_deadline", "_srv_until", "_srv_asked")
 
-    def __init__(self, endpoints: Iterable[str], *, api: str = "auto", connect_timeout: float = CONNECT_TIMEOUT,
-                 answer_timeout: float = ANSWER_TIMEOUT) -> None:
-        """endpoints: URLs in order of preference; api: "auto" (asks the server: 3 unless it is not there), "2", "3"."""
+    def __init__(self, endpoints: Iterable[str] = (), *, api: str = "auto", connect_timeout: float = CONNECT_TIMEOUT,
+                 answer_timeout: float = ANSWER_TIMEOUT, scheme: str = "", username: Secret | None = None,
+                 password: Secret | None = None, tls: Tls | None = None, server_name: str = "",
+                 questions: Sequence[tuple[str, str]] = (), source: str = "") -> None:
+        """endpoints: URLs, or questions: SRV names with schemes (see srv_questions), asked at the first request.
+
+        api: "auto" (asks the server: 3 unless it is not there), "2", "3". scheme: for endpoints that name none, https
+        unless it is "http"; a password is sent over http only with that. server_name: what certificates must hold
+        instead of the endpoint's host or SRV domain; "target" is the SRV target's name. UsageError.
+        """
         if api not in ("auto", "2", "3"):
             raise UsageError(f'not an etcd API: "{printable(api)}" (auto, 2 or 3)')
-        self.endpoints = [parse_endpoint(endpoint) for endpoint in endpoints]
-        if not self.endpoints:
-            raise UsageError("no etcd endpoint is given (example: ETCD_ENDPOINTS=http://10.0.0.1:2379)")
+        if scheme not in ("", "http", "https"):
+            raise UsageError(f'not a scheme: "{printable(scheme)}" (https or http)')
+        if bool(username) != bool(password):
+            raise UsageError("ETCD_USERNAME and ETCD_PASSWORD belong together: one of them is not set")
+        self.endpoints = [parse_endpoint(endpoint, scheme or "https", source) for endpoint in endpoints]
+        if not self.endpoints and not questions:
+            raise UsageError("nothing tells where etcd is: set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or"
+                             " --node (example: ETCD_ENDPOINTS=https://etcd1.example.org:2379)")
+        plain = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "http"]
+        if password and plain and scheme != "http":
+            raise UsageError(f"the password is not sent over plain http to {plain[0]}:"
+                             " use https, or say ETCD_SCHEME=http")
         self.api = 0 if api == "auto" else int(api)  # 0 until the server was asked
         self.connect_timeout, self.answer_timeout = connect_timeout, answer_timeout
+        self.username, self.password, self.tls, self.server_name = username, password, tls or Tls(), server_name
+        self.questions = tuple(questions)
         self._connection: Connection | None = None
+        self._current: Endpoint | None = None  # it answered last
         self._base = ""  # of the v3 gateway, once it answered
+        self._token: str | None = None  # "" when auth is off, None when we have not asked
+        self._deadline = 0.0  # for the endpoint that is being asked
+        self._srv_until = self._srv_asked = 0.0  # when the SRV answer ends, when it was asked for
+        self._name_servers(self.endpoints)
+
+    @classmethod
+    def from_settings(cls, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Etcd:
+        """The client that flags and environment describe. --node goes before SRV names, they before ETCD_ENDPOINTS."""
+        def value(name: str) -> Any:
+            return setting(name, flags, environ)
+
+        questions: list[tuple[str, str]] = []
+        if not flags.get("node") and (value("srv-record") or value("srv-domain")):
+            questions = srv_questions(value("srv-domain"), value("srv-record"), value("srv-name"),
+                                      value("scheme") or "https")
+        if value("insecure-skip-verify"):
+            log.warning("ETCD_INSECURE_SKIP_VERIFY is set: anybody on the way can pretend to be etcd")
+        tls = Tls(secret("ca", flags, environ), secret("cert", flags, environ), secret("key", flags, environ),
+                  not value("insecure-skip-verify"))
+        return cls(() if questions else value("node"), api=value("api"), scheme=value("scheme"), questions=questions,
+                   connect_timeout=value("connect-timeout"), answer_timeout=value("answer-timeout"), tls=tls,
+                   username=secret("username", flags, environ), password=secret("password", flags, environ),
+                   server_name=value("tls-server-name"), source="--node" if flags.get("node") else "ETCD_ENDPOINTS")
 
     def close(self) -> None:
         """Close the kept connection. The client can be used again."""
@@ -1637,32 +2032,63 @@ class Etcd:
 
     def _v3(self, path: str, body: Mapping[str, Any], request: str) -> dict[str, Any]:
         """POST to the v3 gateway; the decoded answer."""
-        data = json.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}
 
         def ask(endpoint: Endpoint) -> dict[str, Any]:
-            for base in dict.fromkeys((self._base or V3_BASES[0], *V3_BASES)):
-                message = http_request("POST", base + path, endpoint.authority, headers, data)
-                answer = self._exchange(endpoint, message, MAX_ANSWER, request)
-                if answer.status == 404 and answer.body[:1] != b"{":
-                    continue  # no such path, as opposed to a JSON error with code 5
-                self._base = base
-                if answer.status != 200:
-                    kind, code, text = v3_failure(answer.status, bytes(answer.body))
-                    raise kind(str(endpoint), request, text, code)
-                return self._object(answer, endpoint, request)
-            raise EtcdNoGateway(str(endpoint), request, "it has no v3 JSON gateway (needed: etcd 3 with"
-                                " --enable-grpc-gateway=true, or --enable-v2=true and ETCD_API=2)", 404)
+            if self.username and self._token is None:
+                self._log_in(endpoint)
+            try:
+                return self._post(endpoint, path, body, request, self._token or "")
+            except EtcdDenied as error:
+                if not self.username or not any(text in error.text for text in _TOKEN_REFUSED):
+                    raise
+            self._log_in(endpoint)  # the token was forgotten, or auth was switched on or off
+            return self._post(endpoint, path, body, request, self._token or "")
 
         found: dict[str, Any] = self._first(ask, request)
         return found
 
+    def _log_in(self, endpoint: Endpoint) -> None:
+        """Get a token. etcd spends 60 ms on checking a password, so one is kept until it is refused."""
+        assert self.username and self.password
+        self._token = None
+        name = self.username.text()
+        try:
+            data = self._post(endpoint, "/auth/authenticate", {"name": name, "password": self.password.text()},
+                              f'log in as "{printable(name)}"')
+            self._token = str(data.get("token", ""))
+        except EtcdError as error:
+            if error.code != 9:  # authentication is not enabled
+                raise
+            self._token = ""
+
+    def _post(self, endpoint: Endpoint, path: str, body: Mapping[str, Any], request: str,
+              token: str = "") -> dict[str, Any]:
+        """One request to one endpoint's v3 gateway, at the path that it has."""
+        data = json.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}  # no leader: fail at once
+        if token:
+            headers["Authorization"] = token
+        for base in dict.fromkeys((self._base or V3_BASES[0], *V3_BASES)):
+            answer = self._exchange(endpoint, "POST", base + path, headers, data, MAX_ANSWER, request)
+            if answer.status == 404 and answer.body[:1] != b"{":
+                continue  # no such path, as opposed to a JSON error with code 5
+            self._base = base
+            if answer.status != 200:
+                kind, code, text = v3_failure(answer.status, bytes(answer.body))
+                raise kind(str(endpoint), request, text, code)
+            return self._object(answer, endpoint, request)
+        raise EtcdNoGateway(str(endpoint), request, "it has no v3 JSON gateway (needed: etcd 3 with"
+                            " --enable-grpc-gateway=true, or --enable-v2=true and ETCD_API=2)", 404)
+
     def _v2(self, method: str, target: str, request: str, missing: bool = False) -> tuple[int, dict[str, Any] | None]:
         """One request of the v2 keys API: X-Etcd-Index and the node; None for a missing key where that is no error."""
+        headers = {}
+        if self.username and self.password:
+            login = f"{self.username.text()}:{self.password.text()}"
+            headers["Authorization"] = "Basic " + base64_text(key_bytes(login))
 
         def ask(endpoint: Endpoint) -> tuple[int, dict[str, Any] | None]:
-            message = http_request(method, target, endpoint.authority, {})
-            answer = self._exchange(endpoint, message, MAX_ANSWER_V2, request)
+            answer = self._exchange(endpoint, method, target, headers, b"", MAX_ANSWER_V2, request)
             digits = answer.headers.get("x-etcd-index", "")
             index = int(digits) if digits.isascii() and digits.isdigit() else 0
             if answer.status in (200, 201):
@@ -1682,59 +2108,148 @@ class Etcd:
         found: tuple[int, dict[str, Any] | None] = self._first(ask, request)
         return found
 
-    def _first(self, ask: Callable[[Endpoint], Any], request: str) -> Any:
-        """The answer of the first endpoint that gives one; the one that answered last is asked first."""
-        failures: list[EtcdError] = []
-        for endpoint in list(self.endpoints):
-            try:
-                answer = ask(endpoint)
-            except EtcdTooBig:
-                raise
-            except (EtcdUnreachable, EtcdAnswerError) as error:
-                self.close()
-                failures.append(error)
-                continue
-            if failures:  # stay with the one that works
-                self.endpoints.remove(endpoint)
-                self.endpoints.insert(0, endpoint)
-            return answer
-        if len(failures) == 1:
-            raise failures[0]
-        told = "; ".join(f"{failure.endpoint}: {failure.text}" for failure in failures)
-        raise EtcdUnreachable("", request, f"no etcd endpoint answers: {told}", failures[-1].code)
+    # -- which endpoint
 
-    def _exchange(self, endpoint: Endpoint, message: bytes, limit: int, request: str) -> Answer:
+    def _first(self, ask: Callable[[Endpoint], Any], request: str) -> Any:
+        """The answer of the first endpoint that gives one, within answer_timeout.
+
+        While endpoints answer that they cannot serve now (a leader is being elected), all are asked again.
+        """
+        self._look_up(request)
+        deadline = now() + self.answer_timeout
+        pause = BACKOFF_FIRST
+        while True:
+            failures: dict[str, EtcdError] = {}
+            waiting = self._order()
+            while waiting and (now() < deadline or not failures):
+                endpoint = waiting.pop(0)
+                left = max(0.0, deadline - now())
+                self._deadline = now() + min(left, max(SHORTEST_TRY * self.answer_timeout, left / (len(waiting) + 1)))
+                try:
+                    answer = ask(endpoint)
+                except (EtcdUnreachable, EtcdAnswerError) as error:
+                    if isinstance(error, EtcdTooBig):
+                        raise
+                    self.close()
+                    endpoint.failed(error.text)
+                    failures[str(endpoint)] = error
+                    log.debug(str(error))
+                    continue
+                except EtcdError:
+                    self._current = endpoint  # it serves; the request is what it does not like
+                    raise
+                endpoint.works()
+                self._current = endpoint
+                return answer
+            if self._look_up(request, again=True):
+                continue  # DNS has others meanwhile
+            if not any(error.code for error in failures.values()) or now() + pause >= deadline:
+                break
+            time.sleep(jitter(pause))
+            pause = min(2 * pause, BACKOFF_LONGEST)
+        if len(failures) == 1:
+            raise next(iter(failures.values()))
+        told = "; ".join(f"{endpoint}: {failure.text}" for endpoint, failure in failures.items())
+        raise EtcdUnreachable("", request, f"no etcd endpoint answers: {told}")
+
+    def _order(self) -> list[Endpoint]:
+        """The endpoints in the order to ask them: the current one, others, then those that failed lately."""
+        moment = now()
+        return sorted(self.endpoints, key=lambda endpoint: (
+            endpoint.retry_at if endpoint.retry_at > moment else 0.0, endpoint is not self._current))
+
+    def _name_servers(self, endpoints: list[Endpoint]) -> None:
+        """Set whom the certificates must name, where a setting says so."""
+        for endpoint in endpoints:
+            if self.server_name:
+                endpoint.server_name = endpoint.host if self.server_name == "target" else self.server_name
+
+    def _look_up(self, request: str, again: bool = False) -> bool:
+        """Ask DNS for the endpoints: at first, when its answer has become old, or again as all of them failed.
+
+        True if there are endpoints that were not there before. Those that DNS does not name any more are dropped, the
+        others keep their place and state. At first NXDOMAIN is not believed for SRV_PATIENCE.
+        """
+        if not self.questions or now() < (self._srv_asked + SRV_SHORTEST if again else self._srv_until):
+            return False
+        first, pause, started = not self.endpoints, BACKOFF_FIRST, now()
+        while True:
+            try:
+                patience = self.answer_timeout if first else self.connect_timeout
+                found, ttl = srv_endpoints(self.questions, now() + patience)
+                break
+            except DnsError as error:
+                self._srv_asked, self._srv_until = now(), now() + jitter(SRV_RETRY)
+                if not first or now() + pause > started + SRV_PATIENCE:
+                    if first:
+                        self._srv_until = 0.0
+                        raise EtcdUnreachable("", request, f"DNS does not tell where etcd is: {error}") from None
+                    log.warning(f"the last endpoints are used: {error}")
+                    return False
+                if pause == BACKOFF_FIRST:
+                    log.info(f"waiting for DNS: {error}")
+            time.sleep(jitter(pause))
+            pause = min(2 * pause, BACKOFF_LONGEST)
+        self._srv_asked, self._srv_until = now(), now() + max(ttl, SRV_SHORTEST)
+        self._name_servers(found)
+        known = {str(endpoint): endpoint for endpoint in self.endpoints}
+        named = {str(endpoint): endpoint for endpoint in found}
+        for url in known.keys() & named.keys():
+            known[url].addresses, known[url].priority = named[url].addresses, named[url].priority
+        kept = [endpoint for url, endpoint in known.items() if url in named]
+        new = [endpoint for url, endpoint in named.items() if url not in known]
+        self.endpoints = sorted(kept + new, key=lambda endpoint: endpoint.priority)
+        if new or len(kept) < len(known):
+            log.debug("endpoints by DNS", endpoints=",".join(map(str, self.endpoints)))
+        return bool(new)
+
+    # -- one request to one endpoint
+
+    def _exchange(self, endpoint: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes,
+                  limit: int, request: str) -> Answer:
         """Send one HTTP request over the kept connection or a new one; the answer, whatever its status."""
+        message = http_request(method, target, endpoint.authority, headers, body)
+        started = now()
         while True:
             connection = self._connection
             if connection is None or connection.endpoint is not endpoint:
                 connection = self._connect(endpoint, request)
             try:
-                answer = connection.exchange(message, self.answer_timeout, limit)
+                answer = connection.exchange(message, self._deadline - now(), limit)
             except (OSError, ValueError) as error:
                 self.close()
                 if isinstance(error, TimeoutError):
-                    text = f"no answer within {self.answer_timeout:g} s"
+                    text = f"no answer within {round(now() - started, 1):g} s"
                     raise EtcdUnreachable(str(endpoint), request, text) from None
                 if isinstance(error, TooBig):
                     raise EtcdTooBig(str(endpoint), request, str(error)) from None
                 if connection.used:  # the server may have closed it since its last use: once more on a new one
                     continue
-                kind = EtcdUnreachable if isinstance(error, OSError) else EtcdAnswerError
-                raise kind(str(endpoint), request, reason(error)) from None
+                raise self._failure(endpoint, request, error) from None
             if not answer.keep_alive:
                 self.close()
             return answer
 
     def _connect(self, endpoint: Endpoint, request: str) -> Connection:
         self.close()
+        started = now()
+        deadline = min(self._deadline, started + self.connect_timeout)
         try:
-            self._connection = Connection(endpoint, now() + self.connect_timeout)
-        except OSError as error:
-            late = isinstance(error, TimeoutError)
-            text = f"no connection within {self.connect_timeout:g} s" if late else reason(error)
+            self._connection = Connection(endpoint, deadline, self.tls if endpoint.scheme == "https" else None)
+        except TimeoutError:
+            text = f"no connection within {round(now() - started, 1):g} s"
             raise EtcdUnreachable(str(endpoint), request, text) from None
+        except (OSError, DnsError) as error:
+            raise self._failure(endpoint, request, error) from None
         return self._connection
+
+    def _failure(self, endpoint: Endpoint, request: str, error: Exception) -> EtcdError:
+        """The error for a connection that failed."""
+        if endpoint.scheme == "https" and isinstance(error, ssl.SSLError):
+            return EtcdTlsError(str(endpoint), request, tls_failure(error, endpoint.server_name))
+        kind = EtcdAnswerError if isinstance(error, ValueError) else EtcdUnreachable
+        hint = " (is it https?)" if endpoint.scheme == "http" and str(error).endswith("without an answer") else ""
+        return kind(str(endpoint), request, reason(error) + hint)
 
     def _object(self, answer: Answer, endpoint: Endpoint, request: str) -> dict[str, Any]:
         try:

@@ -39,24 +39,31 @@ from etcdinit import (
 # ---- endpoints ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, url", [
-    ("http://10.0.0.1:2379", "http://10.0.0.1:2379"), ("10.0.0.1:4001", "http://10.0.0.1:4001"),
-    ("etcd1", "http://etcd1:2379"), ("https://etcd-1.example.org:443/", "https://etcd-1.example.org:443"),
-    ("[::1]:2379", "http://[::1]:2379"), ("https://[fd00::1]", "https://[fd00::1]:2379"), (" a_b:1 ", "http://a_b:1"),
+    ("http://10.0.0.1:2379", "http://10.0.0.1:2379"), ("10.0.0.1:4001", "https://10.0.0.1:4001"),
+    ("etcd1", "https://etcd1:2379"), ("https://etcd-1.example.org:443/", "https://etcd-1.example.org:443"),
+    ("[::1]:2379", "https://[::1]:2379"), ("https://[fd00::1]", "https://[fd00::1]:2379"),
+    (" a_b:1 ", "https://a_b:1"),
 ])
 def test_an_endpoint_is_read_in_all_its_forms(text: str, url: str) -> None:
     assert str(parse_endpoint(text)) == url
 
 
 @pytest.mark.parametrize("text", ["", "http://", "ftp://a:1", "a:0", "a:65536", "a:b", "::1", "[::1", "a b", "a:1/x",
-                                  "u:p@a:1", "http://a:1\r\nX: y", "[::1]x", "a:-1"])
+                                  "http://a:1\r\nX: y", "[::1]x", "a:-1"])
 def test_a_wrong_endpoint_is_quoted_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="not an etcd endpoint: .*example") as caught:
         parse_endpoint(text)
     assert "\n" not in str(caught.value)
 
 
+def test_user_and_password_in_an_endpoint_are_refused_and_not_shown() -> None:
+    with pytest.raises(UsageError, match="holds no user and password: set ETCD_USERNAME") as caught:
+        parse_endpoint("http://root:geheim@10.0.0.1:2379")
+    assert "geheim" not in str(caught.value)
+
+
 def test_no_endpoint_and_no_api_are_told() -> None:
-    with pytest.raises(UsageError, match="no etcd endpoint is given"):
+    with pytest.raises(UsageError, match="set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or --node .example"):
         Etcd([])
     with pytest.raises(UsageError, match='not an etcd API: "4"'):
         Etcd(["a:1"], api="4")
@@ -203,7 +210,7 @@ COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 
 @pytest.mark.parametrize("status, body, kind, code, text", [
     (400, f'{{"error":"{COMPACTED}","message":"{COMPACTED}","code":11}}'.encode(), EtcdCompacted, 11, COMPACTED),
-    (403, b'{"code":7,"message":"permission denied","details":[]}', EtcdDenied, 7, "permission denied"),
+    (403, b'{"code":7,"message":"not you","details":[]}', EtcdDenied, 7, "not you"),
     (200, b'{"error":{"grpc_code":14,"http_code":503,"message":"no","http_status":"x"}}', EtcdUnreachable, 14, "no"),
     (200, b'{"error":{"code":14,"message":"no","details":[]}}', EtcdUnreachable, 14, "no"),
     (429, b'{"error":"big","code":8}', EtcdTooBig, 8, "big"),
@@ -318,14 +325,16 @@ def test_an_endpoint_that_refuses_is_left_for_the_next(etcd: EtcdServer) -> None
     etcd.put("/a", "1")
     client = Etcd(["http://127.0.0.1:1", etcd.url])
     assert client.get("/a") == "1"
-    assert str(client.endpoints[0]) == etcd.url  # and it stays with the one that works
+    dead, working = client.endpoints
+    assert dead.failures == 1 and dead.trouble == "connection refused" and dead.retry_at > 0
+    assert client._order() == [working, dead]  # and it stays with the one that works
     client.close()
 
 
 def test_when_no_endpoint_answers_each_is_named() -> None:
     dead = "http://127.0.0.1:1"
     with pytest.raises(EtcdUnreachable) as caught:
-        Etcd([dead, "127.0.0.1:2"], api="3").read(["/a", "/b"])
+        Etcd([dead, "http://127.0.0.1:2"], api="3").read(["/a", "/b"])
     assert str(caught.value) == ("cannot read /a: no etcd endpoint answers: http://127.0.0.1:1: connection refused;"
                                  " http://127.0.0.1:2: connection refused")
     assert caught.value.exit_code == 3
@@ -354,12 +363,12 @@ def impatient(*urls: str, api: str = "3") -> Etcd:
 
 @pytest.mark.parametrize("api", ["2", "3"])
 @pytest.mark.parametrize("fault, kind, message", [
-    ("close", EtcdAnswerError, "the connection was closed without an answer"),
+    ("close", EtcdAnswerError, r"the connection was closed without an answer \(is it https\?\)"),
     ("reset", EtcdUnreachable, "connection reset by peer"),
-    ("stall", EtcdUnreachable, "no answer within 0.5 s"),
+    ("stall", EtcdUnreachable, r"no answer within 0\.\d s"),
     ("half", EtcdAnswerError, "the connection was closed in the middle of the answer"),
-    ("half stall", EtcdUnreachable, "no answer within 0.5 s"),
-    ("drip", EtcdUnreachable, "no answer within 0.5 s"),
+    ("half stall", EtcdUnreachable, r"no answer within 0\.\d s"),
+    ("drip", EtcdUnreachable, r"no answer within [\d.]+ s"),
     ("garbage", EtcdAnswerError, "the answer is not HTTP"),
     ("html", EtcdAnswerError, r"the answer of 13 bytes is not a JSON object \(is it an etcd\?\)"),
     ("wrong form", EtcdAnswerError, "the answer has not the form of a (range|node)"),
@@ -368,7 +377,7 @@ def impatient(*urls: str, api: str = "3") -> Etcd:
 def test_a_broken_answer_ends_in_time_with_its_reason(fake: FakeEtcd, api: str, fault: str, kind: type[EtcdError],
                                                       message: str) -> None:
     fake.fail(fault, 20)
-    client = impatient(fake.url, api=api)
+    client = impatient(fake.url, api=api) if "within" in message else Etcd([fake.url], api=api)
     with pytest.raises(EtcdError, match=f"^cannot read /a at etcd {fake.url}: {message}$") as caught:
         client.read(["/a"])
     assert type(caught.value) is kind
@@ -410,7 +419,8 @@ def test_a_refusal_names_endpoint_request_and_message(fake: FakeEtcd) -> None:
     fake.fail((7, "etcdserver: permission denied"), 3)
     with pytest.raises(EtcdDenied) as caught:
         impatient(fake.url).read(["/a"])
-    assert str(caught.value) == f"cannot read /a at etcd {fake.url}: etcdserver: permission denied"
+    assert str(caught.value) == f"cannot read /a at etcd {fake.url}: etcdserver: permission denied" \
+                                " (the role of the user does not hold it)"
     assert (caught.value.code, caught.value.exit_code) == (7, 1)
 
 
