@@ -2767,7 +2767,6 @@ _GO_UNSIGNED = {Uint8, Uint16}
 _GO_SLICES = {list, Strings, Ints, KVPairs, PairList, SRVs}
 _GO_POINTERS = {SRV}
 GO_FIELDS: dict[type, tuple[str, ...]] = {KVPair: KVPair.__slots__, SRV: SRV.__slots__}
-GO_METHODS: dict[type, dict[str, Func]] = {}
 _GO_STRING: dict[type, Callable[[Any], str]] = {}  # fmt.Stringer: what %v, %s, %q, %x print of these types
 _GO_SYNTAX: dict[type, Callable[[Any], str]] = {}  # fmt.GoStringer: what %#v prints
 
@@ -5202,9 +5201,12 @@ class _Parser:
     def separate_body(self, context: str) -> list[Any]:
         """A list of nodes up to {{end}} that sees no variable of its surroundings: define and block."""
         outside = self.variables, self.ranges, self.action_start
+        latest = self.latest
         self.variables, self.ranges, self.action_start = ["$"], 0, -1
         body, end = self.nodes()
         if end.text != "end":
+            if context == "block clause":
+                self.latest = latest  # Go tells the line where the block begins
             self.fail(f"unexpected {end.show()} in {context}")
         self.variables, self.ranges, self.action_start = outside
         return body
@@ -5431,8 +5433,8 @@ def _fail(message: str) -> NoReturn:
     raise _Failure(message)
 
 
-def _field(receiver: Any, name: str, element: bool, missingkey: str) -> Any:
-    """.name of a value (exec.go evalField). element: the value came out of a map or list, so Go sees an interface."""
+def _field(receiver: Any, name: str, origin: Any, missingkey: str) -> Any:
+    """.name of a value (exec.go evalField). origin: the list or map that the value came out of, or None."""
     if receiver is INVALID:
         return _fail(f"nil data; no entry for key {quote(name)}") if missingkey == "error" else INVALID
     if receiver is None:
@@ -5448,7 +5450,7 @@ def _field(receiver: Any, name: str, element: bool, missingkey: str) -> Any:
             _fail(f"map has no entry for key {quote(name)}")
         return None if value is INVALID and missingkey == "zero" else value
     _fail(f"can't evaluate field {name} in type "
-          + ("interface {}" if element and kind not in GO_FIELDS else go_type(receiver)))
+          + ("interface {}" if type(origin) in (list, dict) else go_type(receiver)))
 
 
 def _method(receiver: Any, name: str) -> Callable[..., Any]:
@@ -5607,12 +5609,16 @@ def _greater_or_equal(one: Any, other: Any) -> bool:
     return not _less(one, other)
 
 
+_INTERFACE = object()  # stands for an index that Go's slice refuses: see _Compiler.interface
+
+
 def _position(index: Any, bound: int) -> int:
     """An index or bound for index and slice, 0..bound."""
     if index is INVALID or index is None:
         raise ValueError("cannot index slice/array with nil")
     if isinstance(index, bool) or not isinstance(index, int):
-        raise ValueError(f"cannot index slice/array with type {go_type(index)}")
+        shown = "interface {}" if index is _INTERFACE else go_type(index)
+        raise ValueError(f"cannot index slice/array with type {shown}")
     if not 0 <= index <= bound:
         raise ValueError(f"index out of range: {int(index)}")
     return index
@@ -5651,21 +5657,24 @@ def _slice(item: Any, *indexes: Any) -> Any:
         raise ValueError("slice of untyped nil")
     if len(indexes) > 3:
         raise ValueError(f"too many slice indexes: {len(indexes)}")
+    data: Any = item
     if isinstance(item, str):
         if len(indexes) == 3:
             raise ValueError("cannot 3-index slice a string")
-        data: Any = _utf8(item)
-    elif isinstance(item, list):
-        data = item
-    else:
+        data = _utf8(item)
+    elif not isinstance(item, list):
         raise ValueError(f"can't slice item of type {go_type(item)}")
-    bounds = [0, len(data)]
-    bounds[:len(indexes)] = [_position(index, len(data)) for index in indexes]
+    size = len(data)
+    # A list that Go read from JSON has room for the next power of two, and nil there.
+    room = 1 << (size - 1).bit_length() if type(item) is list and 0 < size <= 256 else size
+    bounds = [0, size]
+    bounds[:len(indexes)] = [_position(index, room) for index in indexes]
     for low, high in zip(bounds, bounds[1:], strict=False):
         if low > high:
             raise ValueError(f"invalid slice index: {low} > {high}")
-    part = data[bounds[0]:bounds[1]]
-    return part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else type(item)(part)
+    if isinstance(data, bytes):
+        return data[bounds[0]:bounds[1]].decode("utf-8", "surrogateescape")
+    return type(item)((data + [None] * (room - size))[bounds[0]:bounds[1]])
 
 
 def _length(item: Any) -> int:
@@ -5681,10 +5690,12 @@ def _length(item: Any) -> int:
     raise ValueError(f"len of type {go_type(item)}")
 
 
-def _call(shown: str, function: Any, *arguments: Any) -> Any:
+def _call(shown: str | None, function: Any, *arguments: Any) -> Any:
     """call: no value in a template is a function, so this is always an error, and Go's."""
     if function is INVALID or function is None:
         raise ValueError("call of nil")
+    if shown is None:  # it came out of a pipe
+        shown = function if isinstance(function, str) else f"<{go_type(function)} Value>"
     raise ValueError(f"non-function {shown} of type {go_type(function)}")
 
 
@@ -5716,22 +5727,23 @@ _SIMPLE_FORMAT = r"(?:[^%]|%[sdv%])*"
 
 
 class _Scope:
-    """What a node sees: variables (Go name, number, element), dot (a Python name; element: see _field), nesting.
+    """What a node sees: variables (Go name, number, origin), dot (a Python name) and its origin, nesting.
 
+    origin: the number of the variable that keeps what a {{range}} visits, for values that came out of it; else 0.
     boxed: variables are entries of the dict V, shared by the functions of one template, instead of Python locals.
     loop: how break leaves: "for" (a statement of this function) or "return" (told to the caller).
     """
 
-    __slots__ = ("variables", "dot", "element", "nesting", "boxed", "loop")
+    __slots__ = ("variables", "dot", "origin", "nesting", "boxed", "loop")
 
     def __init__(self, boxed: bool) -> None:
-        self.variables: list[tuple[str, int, bool]] = []
-        self.dot, self.element, self.nesting, self.boxed, self.loop = "dot", False, 0, boxed, ""
+        self.variables: list[tuple[str, int, int]] = []
+        self.dot, self.origin, self.nesting, self.boxed, self.loop = "dot", 0, 0, boxed, ""
 
     def inner(self, **changes: Any) -> _Scope:
         """A copy for a block inside, with changes; what it declares is not seen outside."""
         scope = _Scope(self.boxed)
-        scope.variables, scope.dot, scope.element = list(self.variables), self.dot, self.element
+        scope.variables, scope.dot, scope.origin = list(self.variables), self.dot, self.origin
         scope.nesting, scope.loop = self.nesting + 1, self.loop
         for name, value in changes.items():
             setattr(scope, name, value)
@@ -5755,7 +5767,8 @@ class _Compiler:
             "__builtins__": {}, "INVALID": INVALID, "type": type, "dict": dict, "str": str, "int": int, "bool": bool,
             "float": float, "fail": _fail, "method": _method, "convert": _convert, "elements": _elements,
             "items": _items, "show": print_value, "put": dict.__setitem__,
-            "field": lambda receiver, name, element: _field(receiver, name, element, missingkey),
+            "field": lambda receiver, name, origin: _field(receiver, name, origin, missingkey),
+            "within": lambda value, origin: _INTERFACE if type(origin) in (list, dict) else value, "JSON": {},
             "form": lambda form, value: sprintf(form, None if value is INVALID else value),
         }
 
@@ -5765,7 +5778,7 @@ class _Compiler:
         for name, tree in self.trees.items():
             self.tree = name
             scope = _Scope(boxed=_nesting(tree) > _MAX_NESTING)
-            scope.variables.append(("$", self.number(), False))
+            scope.variables.append(("$", self.number(), 0))
             body = [self.make(ast.Assign, 0, [self.name("V", self.store)], self.make(ast.Dict, 0, [], []))]
             body = body if scope.boxed else []
             body.append(self.make(ast.Expr, 0, self.keep(scope, scope.variables[0][1], self.name("dot"))))
@@ -5870,21 +5883,24 @@ class _Compiler:
             return self.sequence(self.call("put", self.name("V"), self.constant(number), bound), name)
         return self.make(ast.NamedExpr, 0, self.name(f"v{number}", self.store), value)
 
-    def find(self, name: str, variables: Sequence[tuple[str, int, bool]]) -> int | None:
+    def find(self, name: str, variables: Sequence[tuple[str, int, int]]) -> int | None:
         """The number of the variable that a name means, the innermost one."""
         return next((number for known, number, _ in reversed(variables) if known == name), None)
 
-    def variable(self, word: Any, scope: _Scope) -> tuple[Any, bool]:
-        """The value of a variable, and whether it is an element (see _field)."""
-        for name, number, element in reversed(scope.variables):
-            if name == word.value[0]:
-                line = self.place(word)
-                if scope.boxed:
-                    return self.make(ast.Subscript, line, self.name("V"), self.constant(number), self.load), element
-                return self.make(ast.Name, line, f"v{number}", self.load), element
-        return self.fail(f"undefined variable: {word.value[0]}", word), False
+    def read(self, scope: _Scope, number: int, line: int = 0) -> Any:
+        """The value of a variable."""
+        if scope.boxed:
+            return self.make(ast.Subscript, line, self.name("V"), self.constant(number), self.load)
+        return self.make(ast.Name, line, f"v{number}", self.load)
 
-    def store_names(self, pipe: _Pipe, value: Any, scope: _Scope, element: bool = False) -> Any:
+    def variable(self, word: Any, scope: _Scope) -> tuple[Any, int]:
+        """The value of the variable that a word names, and its origin (see _Scope)."""
+        for name, number, origin in reversed(scope.variables):
+            if name == word.value[0]:
+                return self.read(scope, number, self.place(word)), origin
+        return self.fail(f"undefined variable: {word.value[0]}", word), 0
+
+    def store_names(self, pipe: _Pipe, value: Any, scope: _Scope) -> Any:
         """The value of a pipeline, stored in the variables that it declares or assigns."""
         for name in pipe.names:
             number = self.find(name, scope.variables) if pipe.assign else self.number()
@@ -5892,7 +5908,7 @@ class _Compiler:
                 return self.sequence(value, self.fail(f"undefined variable: {name}", self.last(pipe)))
             value = self.keep(scope, number, value)
             if not pipe.assign:
-                scope.variables.append((name, number, element))
+                scope.variables.append((name, number, 0))
         return value
 
     # -- statements --
@@ -5953,7 +5969,7 @@ class _Compiler:
         value, _ = self.pipeline(node.pipe, scope)
         inside = scope
         if node.keyword == "with":
-            inside = scope.inner(dot=f"dot{self.number()}", element=False, nesting=scope.nesting)
+            inside = scope.inner(dot=f"dot{self.number()}", origin=0, nesting=scope.nesting)
             value = self.make(ast.NamedExpr, 0, self.name(inside.dot, self.store), value)
         body = self.block(node.body, inside.inner(nesting=inside.nesting))
         otherwise = self.block(node.otherwise, scope) if node.otherwise else []
@@ -5961,17 +5977,18 @@ class _Compiler:
 
     def range(self, node: _Branch, scope: _Scope, into: list[Any]) -> None:
         """{{range}}: a Python for; with {{else}}, below an if."""
-        outside = len(scope.variables)
-        value, _ = self.pipeline(node.pipe, scope, element=True)
+        outside, origin = len(scope.variables), self.number()
+        value = self.keep(scope, origin, self.pipeline(node.pipe, scope)[0])
         pairs = len(node.pipe.names) > 1
         things = self.call("items" if pairs else "elements", value, line=self.place(self.last(node.pipe)))
         dot, index = f"dot{self.number()}", f"index{self.number()}"
-        inside = scope.inner(dot=dot, element=True, loop="for", nesting=scope.nesting)
+        inside = scope.inner(dot=dot, origin=origin, loop="for", nesting=scope.nesting)
         if node.pipe.assign:
             numbers = [self.find(name, scope.variables[:outside]) for name in node.pipe.names]
         else:
-            declared = scope.variables[len(scope.variables) - len(node.pipe.names):]
+            declared = inside.variables[len(scope.variables) - len(node.pipe.names):]
             numbers = [number for _, number, _ in declared]
+            inside.variables += [(name, number, origin) for name, number, _ in declared]
         values = [index, dot] if pairs else [dot]
         body = [self.make(ast.Expr, 0, self.keep(inside, number, self.name(value_name)))
                 for number, value_name in zip(numbers, values, strict=False) if number is not None]
@@ -6001,7 +6018,7 @@ class _Compiler:
 
     # -- expressions: each method gives a Python expression and its Go type, "any" where only the run will tell --
 
-    def pipeline(self, pipe: _Pipe, scope: _Scope, element: bool = False) -> tuple[Any, str]:
+    def pipeline(self, pipe: _Pipe, scope: _Scope) -> tuple[Any, str]:
         """The value of a pipeline; never None, since Go looks into the interface and finds nothing."""
         value, type_name = None, ""
         staged: list[Any] | None = [] if len(pipe.commands) > _MAX_NESTING else None
@@ -6018,7 +6035,7 @@ class _Compiler:
                 value = self.name("value")
         if staged is not None:
             value = self.outlined([*staged, self.make(ast.Return, 0, value)], scope)
-        return self.store_names(pipe, value, scope, element), type_name
+        return self.store_names(pipe, value, scope), type_name
 
     def outlined(self, body: list[Any], scope: _Scope) -> Any:
         """The call of a new function with this body: for expressions that are too deep for one."""
@@ -6058,8 +6075,8 @@ class _Compiler:
         if type(word) is _Pipe:
             return self.parentheses(word, scope)
         if type(word) is _Chain or word.kind in ("field", "variable") and word.value[word.kind == "variable":]:
-            receiver, names, element = self.receiver(word, scope)
-            return self.fields(receiver, names, element, self.last(word)), "any"
+            receiver, names, origin = self.receiver(word, scope)
+            return self.fields(receiver, names, origin, self.last(word)), "any"
         if word.kind == "variable":
             return self.variable(word, scope)[0], "any"
         if word.kind == "dot":
@@ -6072,35 +6089,43 @@ class _Compiler:
             return self.fail(f"{word.text} overflows int", word), "int"
         return self.constant(word.value), go_type(word.value)
 
-    def receiver(self, word: Any, scope: _Scope) -> tuple[Any, tuple[str, ...], bool]:
-        """Where fields start: the value, the names of the fields, whether the value is an element (see _field)."""
+    def receiver(self, word: Any, scope: _Scope) -> tuple[Any, tuple[str, ...], Any]:
+        """Where fields start: the value, the names of the fields, an expression for the value's origin."""
         if type(word) is _Chain:
             if type(word.base) is _Word and word.base.kind == "nil":
-                return self.fail(f"indirection through explicit nil in {word.show()}", word), word.fields, False
-            return self.operand(word.base, scope)[0], word.fields, False
+                value = self.fail(f"indirection through explicit nil in {word.show()}", word)
+            else:
+                value = self.operand(word.base, scope)[0]
+            return value, word.fields, self.constant(None)
         if word.kind == "field":
-            return self.name(scope.dot), word.value, scope.element
-        value, element = self.variable(word, scope)
-        return value, word.value[1:], element
+            return self.name(scope.dot), word.value, self.origin(scope, scope.origin)
+        value, origin = self.variable(word, scope)
+        return value, word.value[1:], self.origin(scope, origin)
 
-    def fields(self, value: Any, names: Sequence[str], element: bool, node: Any) -> Any:
+    def origin(self, scope: _Scope, number: int) -> Any:
+        """An expression for what a value came out of (see _Scope)."""
+        return self.read(scope, number) if number else self.constant(None)
+
+    def fields(self, value: Any, names: Sequence[str], origin: Any, node: Any) -> Any:
         """value.name.name...: dict lookups at once, all else through _field."""
         line = self.place(node, names[-1] if names else "")
         for name in names:
             bound, local = (value, value) if type(value) is ast.Name else self.bind(value)
-            slow = self.call("field", local, self.constant(name), self.constant(element), line=line)
-            get = self.make(ast.Attribute, 0, local, "get", self.load)
-            fast = self.make(ast.Call, 0, get, [self.constant(name), self.name("INVALID")], [])
-            value, element = self.either(self.has_type(bound, "dict"), fast, slow), True
+            slow = self.call("field", local, self.constant(name), origin, line=line)
             if self.missingkey in ("zero", "error"):
-                value = slow if local is bound else self.call("field", bound, *slow.args[1:], line=line)
+                value = self.call("field", bound, self.constant(name), origin, line=line)
+            else:
+                get = self.make(ast.Attribute, 0, local, "get", self.load)
+                fast = self.make(ast.Call, 0, get, [self.constant(name), self.name("INVALID")], [])
+                value = self.either(self.has_type(bound, "dict"), fast, slow)
+            origin = self.name("JSON")  # the value of a field is seen as an interface
         return value
 
     def access(self, word: Any, arguments: Sequence[Any], final: tuple[Any, str] | None,
                scope: _Scope) -> tuple[Any, str]:
         """Fields, the last of which gets arguments: it must be a method."""
-        receiver, names, element = self.receiver(word, scope)
-        value = self.fields(receiver, names[:-1], element, self.last(word))
+        receiver, names, origin = self.receiver(word, scope)
+        value = self.fields(receiver, names[:-1], origin, self.last(word))
         line = self.place(self.last(word), names[-1])
         method = self.call("method", value, self.constant(names[-1]), line=line)
         values = [self.argument(argument, "any", scope) for argument in arguments]
@@ -6113,23 +6138,28 @@ class _Compiler:
                  scope: _Scope) -> tuple[Any, str]:
         """A function call; node is what an error quotes."""
         function = self.functions[word.text]
+        wanted = [*function.params, *function.params[-1:] * (len(arguments) + 1)]
         early, last = None, final[0] if final else None
-        plain = all(type(argument) is _Word and argument.kind in ("string", "number", "bool", "dot")
-                    for argument in arguments)
-        if final and not plain:  # Go evaluates the earlier command first
+        sure = all(type(argument) is _Word and argument.kind in ("string", "number", "bool", "dot")
+                   and want in ("any", "value", argument.kind)
+                   for argument, want in zip(arguments, wanted, strict=False))
+        if final and (not sure or function.name in ("and", "or")):  # Go evaluates the earlier command first
             early, last = self.bind(final[0])
         if error := _wrong_count(function, len(arguments) + bool(final), len(arguments)):
             value, type_name = self.fail(error, word), "any"
             early = final[0] if final else None
         else:
-            wanted = [*function.params, *function.params[-1:] * (len(arguments) + 1)]
             inline = None
             if function is FUNCTIONS.get("printf"):
                 inline = self.simple_format(arguments, (last, final[1]) if final else None, scope)
             if inline is not None:
                 value = inline
             else:
-                values = [self.argument(argument, want, scope) for argument, want in zip(arguments, wanted, strict=False)]
+                values = [self.argument(argument, want, scope)
+                          for argument, want in zip(arguments, wanted, strict=False)]
+                if function is BUILTINS["slice"]:  # Go's slice does not look into interfaces for its indexes
+                    values[1:] = [self.interface(value, argument, scope)
+                                  for value, argument in zip(values[1:], arguments[1:], strict=True)]
                 if final:
                     at = arguments[-1] if arguments else word
                     values.append(self.converted(last, final[1], wanted[len(arguments)], at))
@@ -6149,6 +6179,16 @@ class _Compiler:
         name = f"call_{function.name}"
         self.world[name] = function.call
         return self.call(name, *values, line=self.place(node, function.name))
+
+    def interface(self, value: Any, word: Any, scope: _Scope) -> Any:
+        """The value of an operand, or _INTERFACE if Go sees it as the content of a map or list."""
+        if type(word) is _Chain or type(word) is _Word and (
+                word.kind == "field" or word.kind == "variable" and len(word.value) > 1):
+            return self.call("within", value, self.name("JSON"))
+        if type(word) is _Word and word.kind in ("dot", "variable"):
+            number = scope.origin if word.kind == "dot" else self.variable(word, scope)[1]
+            return self.call("within", value, self.origin(scope, number))
+        return value
 
     def simple_format(self, arguments: Sequence[Any], final: tuple[Any, str] | None, scope: _Scope) -> Any:
         """printf as a Python f-string where its format is a constant with nothing but %s, %d, %v and %%; else None."""
@@ -6207,7 +6247,7 @@ class _Compiler:
 
     def converted(self, value: Any, type_name: str, wanted: str, node: Any) -> Any:
         """A value checked against the Go type that a function wants; node is where Go reports a mismatch."""
-        if type_name == wanted or wanted == "value" or wanted == "any" and type_name != "any":
+        if wanted == "value" or type_name != "any" and wanted in (type_name, "any"):
             return value
         bound, name = self.bind(value)
         if wanted == "any":
@@ -6348,7 +6388,7 @@ class Template:
         elif isinstance(error, RecursionError):
             message = f"exceeded maximum template depth ({_MAX_TEMPLATE_DEPTH})"
         else:
-            message = f"error calling {function}: {reason(error)}"
+            message = f"error calling {function}: {error}"
         if node is None:
             return f"template: {self.name}: {message}"
         start = self.text.rfind("\n", 0, node.position) + 1

@@ -105,7 +105,7 @@ def test_a_map_has_only_its_keys(name: str) -> None:
     assert render("{{." + name + "}}", {name: "mine"}) == "mine"
 
 
-@pytest.mark.parametrize("name", ["eval", "exec", "open", "type", "dict", "field", "out", "depth", "V", "v1", "dot",
+@pytest.mark.parametrize("name", ["eval", "exec", "open", "type", "str", "field", "out", "depth", "V", "v1", "dot",
                                   "INVALID", "fail", "template0", "__builtins__"])
 def test_names_of_python_and_of_the_compiled_code_are_no_functions_or_variables(name: str) -> None:
     assert str(error_of("{{" + name + "}}")) == f'template: t:1: function "{name}" not defined'
