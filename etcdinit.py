@@ -54,9 +54,12 @@ LAZY_MODULES = {  # name in this file: module
     "gc": "gc",
     "grp": "grp",
     "hashlib": "hashlib",
+    "heapq": "_heapq",  # heapq without its Python half
     "json": "json",
+    "json_c": "_json",  # the quoting of strings alone: json itself loads re
     "pwd": "pwd",
     "re": "re",
+    "resource": "resource",
     "select": "select",
     "signal": "_signal",  # the signal module wraps this one in enums
     "socket": "_socket",  # the socket module wraps this one in enums and a selector
@@ -67,6 +70,7 @@ LAZY_MODULES = {  # name in this file: module
 
 if TYPE_CHECKING:
     import _ast as ast
+    import _json as json_c
     import _socket as socket
     import _ssl as ssl
     import binascii
@@ -76,9 +80,11 @@ if TYPE_CHECKING:
     import gc
     import grp
     import hashlib
+    import heapq
     import json
     import pwd
     import re
+    import resource
     import select
     import signal
     import struct
@@ -198,6 +204,25 @@ def printable(text: str) -> str:
                    or ord(c) > 0xDFFF else f"\\x{ord(c) & 0xFF:02x}" for c in text)
 
 
+def json_text(text: str) -> str:
+    """The text as a JSON string, quotes included, in ASCII; bytes that were no UTF-8 become `?`."""
+    return json_c.encode_basestring_ascii(text.encode("utf-8", "replace").decode())
+
+
+def readable(fd: int, seconds: float) -> bool:
+    """Whether the descriptor can be read, or is at its end, within that time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def writable(fd: int) -> bool:
+    """Whether the descriptor takes up to PIPE_BUF bytes now without blocking, or says at once that it cannot."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
 class Log:
     """Writes log lines to standard error: `TIME HOST etcdinit[PID]: LEVEL message key=value`, or JSON.
 
@@ -226,8 +251,9 @@ class Log:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall))
         if self.format == "json":
             record = {"time": f"{stamp}.{int(wall * 1000) % 1000:03d}Z", "level": level, "program": self.program,
-                      "pid": os.getpid(), "message": mask(message), **{k: mask(str(v)) for k, v in fields.items()}}
-            return json.dumps(record)
+                      "message": mask(message), **{k: mask(str(v)) for k, v in fields.items()}}
+            pairs = ", ".join(f"{json_text(key)}: {json_text(value)}" for key, value in record.items())
+            return f'{{{pairs}, "pid": {os.getpid()}}}'
         text = "".join([message, *(f" {key}={value}" for key, value in fields.items())])
         return f"{stamp}Z {os.uname().nodename} {self.program}[{os.getpid()}]: {level.upper()} {printable(mask(text))}"
 
@@ -237,7 +263,8 @@ class Log:
             return
         data = (self.line(level, message, fields) + "\n").encode("utf-8", "backslashreplace")
         try:
-            os.write(self.fd, data)
+            if writable(self.fd):
+                os.write(self.fd, data)
         except OSError:
             pass  # nobody is left who could be told
 
@@ -7588,6 +7615,1068 @@ def _unlisted(kind: str, wanted: str, resource: Resource) -> str:
         if at_or_below(listed)(wanted) or any(map(at_or_below([wanted]), listed)):
             return ""
     return f"keys of {resource.name} does not list it"
+
+
+# ======================================================================================================
+# LOGS
+# The output of services on its way out: whole lines, a prefix or JSON around them, the last ones kept.
+# Does not know who wrote a line.
+# ======================================================================================================
+
+LINE_MAX = 65536  # bytes; a longer line goes on in pieces
+TAIL_LINES = 100  # lines of every service that are kept for status and crash reports
+TAIL_BYTES = 8192  # ... as long as they are not longer than this together
+OUTLET_CHUNK = 4096  # bytes; a pipe that polls writable takes as many without blocking (PIPE_BUF)
+OUTLET_HIGH = 131072  # bytes that may wait for a slow reader before the services have to wait too
+
+
+def _json_lines(name: str, lines: bytes) -> bytes:
+    wall = time.time()
+    head = (f'{{"time":"{time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall))}.{int(wall * 1000) % 1000:03d}Z",'
+            f'"service":{json_text(name)},"message":').encode()
+    return b"".join(head + json_text(line.decode("utf-8", "replace").rstrip("\r")).encode() + b"}\n"
+                    for line in lines[:-1].split(b"\n"))
+
+
+def _prefixed_lines(name: str, lines: bytes) -> bytes:
+    head = f"[{name}] ".encode("utf-8", "surrogateescape")
+    return head + lines[:-1].replace(b"\n", b"\n" + head) + b"\n"
+
+
+# ETCDINIT_LOG_FORMAT: how whole lines of a service leave; "raw" is not here: such services own the stdout themselves
+OUTPUT_STYLES: dict[str, Callable[[str, bytes], bytes]] = {
+    "text": lambda name, lines: lines,
+    "prefix": _prefixed_lines,
+    "json": _json_lines,
+}
+
+
+class Output:
+    """The output of one service: bytes go in as they are read, whole lines come out in the style asked for."""
+
+    __slots__ = ("name", "style", "partial", "kept")
+
+    def __init__(self, name: str, style: str = "text") -> None:
+        self.name, self.style = name, style
+        self.partial = b""  # the begin of a line whose end was not read yet
+        self.kept = b""  # at least the last TAIL_LINES lines, or TAIL_BYTES bytes
+
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """What can go on, now that data was read; with last, the rest of an unfinished line too."""
+        data = self.partial + data
+        cut = data.rfind(b"\n") + 1
+        if last or (not cut and len(data) > LINE_MAX):
+            cut = len(data)
+        self.partial, lines = data[cut:], data[:cut]
+        if not lines:
+            return b""
+        self.kept += lines[-TAIL_BYTES:]
+        if len(self.kept) > 2 * TAIL_BYTES:
+            self.kept = self.kept[-TAIL_BYTES:]
+        if not lines.endswith(b"\n") and (last or self.style != "text"):
+            lines += b"\n"
+        return OUTPUT_STYLES[self.style](self.name, lines)
+
+    def tail(self) -> list[str]:
+        """The last lines, at most TAIL_LINES, the unfinished one included."""
+        lines = (self.kept[-TAIL_BYTES:] + self.partial[-TAIL_BYTES:]).decode("utf-8", "replace").split("\n")
+        return (lines if lines[-1] else lines[:-1])[-TAIL_LINES:]
+
+
+class Outlet:
+    """The container's standard output. Writing never blocks: what it does not take now waits here in order.
+
+    When more than OUTLET_HIGH bytes wait, `full` is true and nobody should bring more; nothing is dropped
+    but after the reader closed its end.
+    """
+
+    __slots__ = ("fd", "waiting")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.waiting = bytearray()
+
+    @property
+    def full(self) -> bool:
+        """Whether the writers should wait."""
+        return len(self.waiting) > OUTLET_HIGH
+
+    def write(self, data: bytes) -> bool:
+        """Take data, write what can be written now; False when something still waits."""
+        self.waiting += data
+        done = 0
+        while done < len(self.waiting) and writable(self.fd):
+            try:
+                done += os.write(self.fd, self.waiting[done:done + OUTLET_CHUNK])
+            except BlockingIOError:
+                break
+            except OSError:  # nobody reads any more, or the disk is full: the services must not suffer from it
+                done = len(self.waiting)
+        del self.waiting[:done]
+        return not self.waiting
+
+
+# ======================================================================================================
+# SUPERVISE
+# Service directories, the state machine, the on-disk protocol of s6 (status, control FIFO, events, lock),
+# the duties of PID 1, the order of a shutdown. One process for all services. Works with the tools of every
+# s6 release from 2.10 to 2.15: skarnet.org/software/s6/servicedir.html, s6-supervise.html, fifodir.html.
+# Knows nothing of etcd and templates.
+# ======================================================================================================
+
+KILL_AGAIN = 5.0  # seconds between two SIGKILLs to a process that has not died of the first
+FINISH_TIMEOUT_MS = 5000  # default of timeout-finish
+RESTART_PAUSE = 1.0  # seconds; s6's rule, see Supervisor.bury
+FAILED_START_PAUSE = 60.0  # seconds after a run script that could not be executed, or a fork that failed
+EXEC_PATIENCE = 2.0  # seconds that a child may need to execute its program before PID 1 goes on without its report
+DEATH_TALLY, DEATH_TALLY_MAX = 100, 4096  # deaths that are remembered: default and limit of max-death-tally
+NAME_MAX, SERVICES_MAX = 251, 1000  # of s6-svscan
+
+SIGNALS = {  # Linux's numbers, so that no module is loaded to know them
+    "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "BUS": 7, "FPE": 8, "KILL": 9, "USR1": 10,
+    "SEGV": 11, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15, "STKFLT": 16, "CHLD": 17, "CONT": 18, "STOP": 19,
+    "TSTP": 20, "TTIN": 21, "TTOU": 22, "URG": 23, "XCPU": 24, "XFSZ": 25, "VTALRM": 26, "PROF": 27, "WINCH": 28,
+    "IO": 29, "PWR": 30, "SYS": 31}
+SIGNAL_NAMES = {number: f"SIG{name}" for name, number in SIGNALS.items()}
+
+
+def signal_number(text: str) -> int:
+    """The signal that a name (TERM, SIGTERM, RTMIN+3), or a number, stands for; ValueError for anything else."""
+    name = text.strip().upper().removeprefix("SIG")
+    if name.isascii() and name.isdigit() and 0 < int(name) <= 64:
+        return int(name)
+    base, _, offset = name.partition("+")
+    if base == "RTMIN" and (offset or "0").isdigit() and int(offset or 0) <= 30:
+        return 34 + int(offset or 0)  # as every C library but musl counts, and as container engines send it
+    if name not in SIGNALS:
+        raise ValueError(f'"{text}" is not a signal')
+    return SIGNALS[name]
+
+
+def ending(wstat: int) -> str:
+    """How a process ended, in words: `exit code 3`, `SIGKILL`."""
+    if wstat & 0x7F:
+        return SIGNAL_NAMES.get(wstat & 0x7F, f"signal {wstat & 0x7F}")
+    return f"exit code {wstat >> 8 & 0xFF}"
+
+
+def exit_code(wstat: int) -> int:
+    """The exit code that stands for a waitpid status: 128 + N for a death by signal N, as in a shell."""
+    return 128 + (wstat & 0x7F) if wstat & 0x7F else wstat >> 8 & 0xFF
+
+
+# ---- formats: time stamps, status record, death tally --------------------------------------------------
+
+TAI_OFFSET = 2**62 + 37  # TAI64 label of the Unix epoch as skalibs counts it: with the leap seconds up to 2017
+
+
+def pack_stamp(wall_ns: int) -> bytes:
+    """A TAI64N label (12 bytes) of nanoseconds since the Unix epoch."""
+    return (TAI_OFFSET + wall_ns // 1_000_000_000).to_bytes(8, "big") + (wall_ns % 1_000_000_000).to_bytes(4, "big")
+
+
+def unpack_stamp(label: bytes) -> int:
+    """Nanoseconds since the Unix epoch of a TAI64N label; 0 for one that stands for no time."""
+    return max(0, (int.from_bytes(label[:8], "big") - TAI_OFFSET) * 1_000_000_000
+               + int.from_bytes(label[8:12], "big"))
+
+
+PAUSED, FINISHING, WANTUP, READY = 1, 2, 4, 8  # flags of the status record
+
+
+class Status:
+    """What supervise/status says of a service.
+
+    stamp: last change between up and down; ready_stamp: last change of readiness (both ns since the epoch);
+    pid: of run, while finishing of finish, 0 when down; wstat: how run ended last, as waitpid tells it.
+    """
+
+    __slots__ = ("stamp", "ready_stamp", "pid", "pgid", "wstat", "flags")
+
+    def __init__(self, stamp: int, ready_stamp: int, pid: int, pgid: int, wstat: int, flags: int) -> None:
+        self.stamp, self.ready_stamp, self.pid, self.pgid = stamp, ready_stamp, pid, pgid
+        self.wstat, self.flags = wstat, flags
+
+    @property
+    def up(self) -> bool:
+        """Whether run runs."""
+        return bool(self.pid) and not self.flags & FINISHING
+
+    @property
+    def ready(self) -> bool:
+        """Whether an up service has said that it is ready, or a down one can be started again."""
+        return bool(self.flags & READY)
+
+    def pack(self) -> bytes:
+        """The 43 bytes that every release reads rightly.
+
+        s6 up to 2.12 and from 2.14 on reads the first 35: two stamps, pid, wstat, flags. s6 2.13 reads all:
+        two stamps, pid, process group as 8 bytes of which it keeps the low 4, wstat, flags.
+        """
+        tail = (self.wstat & 0xFFFF).to_bytes(2, "big") + bytes((self.flags,))
+        return (pack_stamp(self.stamp) + pack_stamp(self.ready_stamp) + self.pid.to_bytes(8, "big")
+                + tail + b"\0" + self.pgid.to_bytes(4, "big") + tail)
+
+    @classmethod
+    def unpack(cls, record: bytes) -> Status:
+        """Read the record of any s6 release from 2.10 on, or our own; ValueError if it is neither."""
+        if len(record) not in (35, 43):
+            raise ValueError(f"a status record has 35 or 43 bytes, not {len(record)}")
+        tail, pgid = record[-3:], int.from_bytes(record[36:40], "big") if len(record) == 43 else 0
+        return cls(unpack_stamp(record[:12]), unpack_stamp(record[12:24]),
+                   int.from_bytes(record[28:32], "big"), pgid, int.from_bytes(tail[:2], "big"), tail[2])
+
+
+def pack_death(wall_ns: int, wstat: int) -> bytes:
+    """One record (14 bytes) of supervise/death_tally."""
+    return pack_stamp(wall_ns) + bytes((exit_code(wstat), wstat & 0x7F))
+
+
+def unpack_deaths(tally: bytes) -> list[tuple[int, int, int]]:
+    """The records of a death tally: time (ns since the epoch), exit code, signal; a broken end is left out."""
+    return [(unpack_stamp(tally[at:at + 12]), tally[at + 12], tally[at + 13]) for at in range(0, len(tally) - 13, 14)]
+
+
+# ---- small files ---------------------------------------------------------------------------------------
+
+def read_small(path: str, limit: int = 4096) -> bytes | None:
+    """The begin of a file, None if there is none. Never blocks, whatever stands there; OSError otherwise."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(fd, limit)
+    except BlockingIOError:  # a FIFO that somebody writes to
+        return b""
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Put a whole file in the place of another, so that no reader ever sees half of one. OSError."""
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    os.rename(f"{path}.new", path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and all in it; links are removed, not followed. What cannot be removed stays."""
+    try:
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(entry.path)
+            else:
+                os.unlink(entry.path)
+        os.rmdir(path)
+    except OSError as error:
+        log.warning(f"cannot remove {path}: {reason(error)}")
+
+
+# ---- events --------------------------------------------------------------------------------------------
+# A fifodir: every listener puts a FIFO of its own in it, the notifier writes one letter to each.
+# s supervisor started, u up, U ready, d died, D can be started again, O failed for good, x supervisor left
+
+FIFO_PREFIX, FIFO_LENGTH = "ftrig1:@", 39  # ftrig1:@<24 hex digits of a TAI64N label>:<6 letters>
+
+
+def make_fifodir(path: str) -> None:
+    """Make a directory for events: only members of our group may listen. One that is there stays as it is."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    try:
+        os.chown(path, -1, os.getegid())
+    except PermissionError:
+        pass
+    os.chmod(path, 0o3730)
+
+
+def notify(fifodir: str, events: bytes) -> None:
+    """Send events to every listener. A FIFO without a reader is removed, a full one is passed over."""
+    try:
+        names = os.listdir(fifodir)
+    except OSError:
+        return
+    for name in names:
+        if len(name) != FIFO_LENGTH or not name.startswith(FIFO_PREFIX):
+            continue
+        path = f"{fifodir}/{name}"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                _unlink(path)
+            continue
+        try:
+            if events and _is_fifo(fd):
+                os.write(fd, events)
+        except BrokenPipeError:
+            _unlink(path)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _is_fifo(fd: int) -> bool:
+    return os.fstat(fd).st_mode & 0o170000 == 0o010000
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+class Listener:
+    """A FIFO of ours in a fifodir; fd can be polled for the letters of events. close() removes it."""
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, fifodir: str) -> None:
+        """OSError if the directory is not there or not ours to listen in."""
+        name = f"{FIFO_PREFIX}{pack_stamp(time.time_ns()).hex()}:{os.urandom(3).hex()}"
+        hidden, self.path = f"{fifodir}/.{name}", f"{fifodir}/{name}"
+        os.mkfifo(hidden, 0o622)
+        try:
+            os.chmod(hidden, 0o622)
+            self.fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # a reader and, against EOF, a writer
+            os.rename(hidden, self.path)
+        except OSError:
+            _unlink(hidden)
+            raise
+
+    def read(self) -> bytes:
+        """The events that came since the last call."""
+        try:
+            return os.read(self.fd, 4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        """Stop listening."""
+        _unlink(self.path)
+        os.close(self.fd)
+
+
+# ---- the state machine ---------------------------------------------------------------------------------
+# state x input -> next state, actions, event. Inputs are the bytes of the control FIFO and what happens:
+# "timeout" the deadline passed, "started"/"failed" a start did or did not succeed, "ready" a newline came
+# on the notification fd, "death" the process died, "fatal" finish ended with 125. Actions are methods of
+# Supervisor, numbers are signals to the process. What is not in the table does nothing. The status is
+# written before the event goes out; "start" and "start_finish" give "started" or "failed" in their turn.
+
+DOWN, UP, FINISH, LAST_UP, LAST_FINISH, GONE = "down", "up", "finish", "last-up", "last-finish", "gone"
+
+SIGNAL_BYTES = {"a": 14, "b": 6, "q": 3, "h": 1, "k": 9, "t": 15, "i": 2, "1": 10, "2": 12, "y": 28}
+
+Row = tuple[str, tuple[str | int, ...], bytes]
+
+
+def _up_rows(state: str, next_state: str) -> dict[str, Row]:
+    return {
+        **{byte: (state, (number,), b"") for byte, number in SIGNAL_BYTES.items()},
+        "p": (state, (SIGNALS["STOP"], "set_paused", "tell"), b""),
+        "c": (state, (SIGNALS["CONT"], "set_running", "tell"), b""),
+        "P": (state, (-SIGNALS["STOP"], "set_paused", "tell"), b""),
+        "C": (state, (-SIGNALS["CONT"], "set_running", "tell"), b""),
+        "K": (state, (-SIGNALS["KILL"],), b""),
+        "r": (state, ("kill_softly",), b""),
+        "l": (state, ("ask_reload",), b""),
+        **dict.fromkeys("oO", (state, ("want_down", "tell"), b"")),
+        "Q": (state, ("want_down", "make_down_file", "tell"), b""),
+        "d": (state, ("want_down", "kill_softly", SIGNALS["CONT"], "set_running", "arm_kill", "tell"), b""),
+        "D": (state, ("want_down", "make_down_file", "kill_softly", SIGNALS["CONT"], "set_running", "arm_kill",
+                      "tell"), b""),
+        "ready": (state, ("set_ready", "tell"), b"U"),
+        "timeout": (state, ("kill_hard",), b""),
+        "death": (next_state, ("bury", "start_finish"), b""),
+    }
+
+
+def _finish_rows(state: str, next_state: str) -> dict[str, Row]:
+    return {
+        "started": (state, ("arm_finish", "tell"), b"d"),
+        "failed": (next_state, ("rest", "tell"), b"dD"),
+        "timeout": (state, ("kill_finish",), b""),
+        "death": (next_state, ("rest", "tell"), b"D"),
+        "fatal": (next_state, ("want_down", "rest", "tell"), b"OD"),
+        **dict.fromkeys("oOd", (state, ("want_down", "tell"), b"")),
+        **dict.fromkeys("QD", (state, ("want_down", "make_down_file", "tell"), b"")),
+    }
+
+
+TABLE: dict[str, dict[str, Row]] = {
+    DOWN: {
+        "timeout": (DOWN, ("start_if_wanted",), b""),
+        "started": (UP, ("set_up", "tell"), b"u"),
+        "failed": (DOWN, ("start_later",), b""),
+        "u": (DOWN, ("want_up", "tell", "start"), b""),
+        "U": (DOWN, ("want_up", "remove_down_file", "tell", "start"), b""),
+        "o": (DOWN, ("want_down", "tell", "start"), b""),
+        **dict.fromkeys("dO", (DOWN, ("want_down", "set_running", "tell"), b"")),
+        **dict.fromkeys("DQ", (DOWN, ("want_down", "set_running", "make_down_file", "tell"), b"")),
+        "x": (GONE, ("leave",), b""),
+    },
+    UP: {
+        **_up_rows(UP, FINISH),
+        "u": (UP, ("want_up", "tell"), b""),
+        "U": (UP, ("want_up", "remove_down_file", "tell"), b""),
+        "x": (LAST_UP, (), b""),
+    },
+    FINISH: {
+        **_finish_rows(FINISH, DOWN),
+        "u": (FINISH, ("want_up", "tell"), b""),
+        "U": (FINISH, ("want_up", "remove_down_file", "tell"), b""),
+        "x": (LAST_FINISH, (), b""),
+    },
+    LAST_UP: _up_rows(LAST_UP, LAST_FINISH),
+    LAST_FINISH: _finish_rows(LAST_FINISH, GONE),
+    GONE: {"timeout": (GONE, ("return_to_duty",), b"")},
+}
+
+
+# ---- the definition of a service -----------------------------------------------------------------------
+
+def read_number(directory: str, name: str, default: int, maximum: int) -> int:
+    """The number in a file of a service directory: its first line, strictly; the default if it is absent or not one."""
+    line = _first_line(directory, name)
+    if line is None:
+        return default
+    if not (line.isascii() and line.isdigit() and len(line) <= 10 and int(line) <= maximum):
+        log.warning(f"cannot use {directory}/{name}: not a number from 0 to {maximum}; using {default}")
+        return default
+    return int(line)
+
+
+def read_signal(directory: str, name: str, default: int) -> int:
+    """The signal in a file of a service directory; the default if it is absent or not one."""
+    line = _first_line(directory, name)
+    try:
+        return default if line is None else signal_number(line)
+    except ValueError as error:
+        log.warning(f"cannot use {directory}/{name}: {error}; using {SIGNAL_NAMES[default]}")
+        return default
+
+
+def _first_line(directory: str, name: str) -> str | None:
+    try:
+        data = read_small(f"{directory}/{name}")
+    except OSError as error:
+        log.warning(f"cannot read {directory}/{name}: {reason(error)}")
+        return None
+    return None if data is None else data.split(b"\n", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def link_definition(definition: str, live: str) -> None:
+    """Make the live directory of a service show its definition: a link for each file of it.
+
+    The links let scripts run from a read-only root while /run is mounted noexec. `down` is copied, and only
+    into a new directory: commands make and remove it. supervise/, event/ and log/ are the live directory's own.
+    """
+    fresh = not os.path.isdir(live)
+    os.makedirs(live, 0o755, exist_ok=True)
+    wanted = {name for name in os.listdir(definition) if name not in ("supervise", "event", "log", "down")}
+    for name in os.listdir(live):
+        path = f"{live}/{name}"
+        if os.path.islink(path) and name not in wanted and os.readlink(path) == f"{definition}/{name}":
+            _unlink(path)
+    for name in wanted:
+        path = f"{live}/{name}"
+        if not os.path.lexists(path):
+            os.symlink(f"{definition}/{name}", path)
+    if fresh and os.path.exists(f"{definition}/down"):
+        os.close(os.open(f"{live}/down", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+
+
+# ---- the start of a child ------------------------------------------------------------------------------
+
+def spawn(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: Mapping[int, int],
+          **asked: Any) -> int:
+    """Start a program in a process of its own and return its pid; OSError says why it could not be executed.
+
+    argv[0] is the path. fds: number in the child -> descriptor here; 0, 1 and 2 must be among them. The child
+    has these alone, no signal blocked or ignored, and its own session. asked: terminal (a descriptor of the
+    terminal that it shall own), lock (path, number in the child), user, group, limits ({name: (soft, hard)}).
+    """
+    report, told = os.pipe()
+    everything = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, everything)  # no handler of ours may run in the child
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                _become(argv, directory, environ, fds, told, asked)
+            except BaseException as error:  # whatever it is, this process must end here
+                code = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
+                os.write(_told[-1] if _told else told, f"{code} {reason(error)}".encode("utf-8", "replace"))
+            finally:
+                os._exit(127)
+    except OSError:
+        os.close(report)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.close(told)
+    try:
+        answer = os.read(report, 4096) if readable(report, EXEC_PATIENCE) else b""
+    finally:
+        os.close(report)
+    if answer:
+        os.waitpid(pid, 0)
+        number, _, why = answer.decode("utf-8", "replace").partition(" ")
+        raise OSError(int(number), why, argv[0])
+    return pid
+
+
+_told: list[int] = []  # in a child: where the report pipe is now
+
+
+def _become(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: Mapping[int, int], told: int,
+            asked: Mapping[str, Any]) -> None:
+    above = max(fds) + 1
+    lock = asked.get("lock")
+    if lock:
+        above = max(above, lock[1] + 1)
+    _told.append(told)
+    _told.append(fcntl.fcntl(told, fcntl.F_DUPFD_CLOEXEC, above))
+    sources = {number: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, above) for number, source in fds.items()}
+    for number, source in sources.items():
+        os.dup2(source, number)
+    terminal = asked.get("terminal")
+    if terminal is None:
+        os.setsid()
+    else:
+        _take_terminal(terminal)
+    for each in signal.valid_signals() - {SIGNALS["KILL"], SIGNALS["STOP"]}:
+        signal.signal(each, signal.SIG_DFL)
+    os.chdir(directory)
+    for name, pair in asked.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), pair)
+    if asked.get("user") or asked.get("group"):
+        _become_user(asked.get("user"), asked.get("group"))
+    if lock:
+        _take_lock(*lock)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(argv[0], list(argv), dict(environ))
+
+
+def _take_terminal(fd: int) -> None:
+    # as the leader of our session PID 1 shares its terminal; else the child gets it in a session of its own
+    try:
+        os.tcgetpgrp(fd)
+    except OSError:
+        os.setsid()
+        try:
+            fcntl.ioctl(fd, 0x540E, 0)  # TIOCSCTTY
+        except OSError:
+            pass  # somebody else's terminal: it still is our stdin
+        return
+    os.setpgid(0, 0)
+    os.tcsetpgrp(fd, os.getpid())  # SIGTTOU is blocked here
+
+
+def _take_lock(path: str, number: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.dup2(fd, number)  # first: a close of any descriptor of the file would undo the lock
+    os.close(fd)
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        log.warning(f"another process holds {path}; waiting for it")
+        os.close(_told[-1])  # as far as the supervisor is concerned, this service runs
+        os.close(_told[-2])
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        fcntl.lockf(number, fcntl.LOCK_EX)
+
+
+def _become_user(user: str | None, group: str | None) -> None:
+    entry = None
+    if user:
+        entry = pwd.getpwuid(int(user)) if user.isdigit() and _has_uid(int(user)) else \
+            None if user.isdigit() else pwd.getpwnam(user)
+    gid = entry.pw_gid if entry else None
+    if group:
+        gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    if gid is not None:
+        os.setgid(gid)
+        if entry and os.getuid() == 0:
+            os.initgroups(entry.pw_name, gid)
+        elif os.getuid() == 0:
+            os.setgroups([gid])
+    if user:
+        os.setuid(entry.pw_uid if entry else int(user))
+
+
+def _has_uid(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+# ---- services ------------------------------------------------------------------------------------------
+
+SUPERVISE_AGAIN = 10.0  # seconds until a service directory that could not be taken into supervision is tried again
+
+
+def _linked_place(path: str) -> str:
+    # supervise and event of a read-only service directory can be links to places that are not there yet
+    return os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
+
+
+def _lock_whole(path: str) -> int:
+    """Open a file and lock it as s6 does, so that its tools see that somebody is there; Error if somebody is."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        # a lock of the open file description: one of the process would be lost with any close of the same file
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise Error(f"another process supervises here: it holds {path}") from None
+        raise
+    return fd
+
+
+class Service:
+    """One service directory under supervision: where it is, in which state, and until when.
+
+    Times: stamp and ready_stamp are wall-clock nanoseconds for the status file; deadline, next_start and
+    ready_since are points on now().
+    """
+
+    __slots__ = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
+                 "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
+                 "pipe", "output", "output_fds", "note", "vanished", "asked")
+
+    # what another process image needs to go on with it; the rest is made anew
+    SAVED = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
+             "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
+             "pipe", "output_fds", "note", "vanished", "asked")
+
+    def __init__(self, name: str, directory: str, definition: str) -> None:
+        self.name = name  # NAME or NAME/log
+        self.directory = directory  # live: supervise/, event/ and where run is started
+        self.definition = definition  # where its files come from; may be the same
+        self.state = GONE
+        self.deadline: float | None = None
+        self.pid = self.pgid = self.wstat = 0
+        self.wantup = self.ready = self.paused = False
+        self.stamp = self.ready_stamp = 0
+        self.ready_since = self.next_start = 0.0
+        self.control = self.lock = self.notification = -1  # descriptors
+        self.pipe: tuple[int, int] | None = None  # of a service with log/: read by the logger, written by the service
+        self.output: Output | None = None  # of a service without
+        self.output_fds: tuple[int, int] | None = None
+        self.note: dict[str, str] = {}  # what the status record has no place for, in supervise/note
+        self.vanished = False  # its definition is gone: it is to be forgotten once it is down
+        self.asked = False  # told to stop for good, in a shutdown
+
+    @property
+    def flags(self) -> int:
+        """The flags of the status record."""
+        return (PAUSED * self.paused | FINISHING * (self.state in (FINISH, LAST_FINISH)) | WANTUP * self.wantup
+                | READY * self.ready)
+
+
+def _no_action(number: int, frame: object) -> None:
+    """What a signal does itself; set_wakeup_fd has told the loop of it already."""
+
+
+class Supervisor:
+    """All services of one process, and the loop that waits for them: descriptors, signals, deaths, deadlines."""
+
+    def __init__(self, services: str, run: str, style: str = "raw") -> None:
+        """services: directory of the definitions; run: of the live directories; style: see OUTPUT_STYLES, or raw."""
+        self.services_directory, self.run_directory, self.style = services, run, style
+        self.services: dict[str, Service] = {}
+        self.children: dict[int, Callable[[int], object]] = {}  # pid: what to do with its waitpid status
+        self.watched: dict[int, tuple[Callable[[Any], object], Any]] = {}  # descriptor: what to do when it is readable
+        self.timers: list[tuple[float, int, Callable[[Any], object], Any]] = []  # a heap
+        self.timer_count = 0
+        self.signals: list[int] = []
+        self.troubles: dict[str, float] = {}  # what was complained of, and when
+        self.environ = dict(os.environ)
+        self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.outlet = Outlet(1)
+        self.outlet_waits = False
+        self.epoll = select.epoll()
+        self.wake, self.wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.watch(self.wake, self.read_signals, None)
+
+    # -- descriptors, deadlines, deaths
+
+    def watch(self, fd: int, action: Callable[[Any], object], argument: Any) -> None:
+        """Call action(argument) whenever the descriptor can be read."""
+        self.watched[fd] = (action, argument)
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """No longer; the descriptor is closed."""
+        if self.watched.pop(fd, None):
+            self.epoll.unregister(fd)
+        os.close(fd)
+
+    def at(self, deadline: float, action: Callable[[Any], object], argument: Any) -> None:
+        """Call action(argument) once when the deadline has passed."""
+        self.timer_count += 1
+        heapq.heappush(self.timers, (deadline, self.timer_count, action, argument))
+
+    def arm(self, service: Service, deadline: float | None) -> None:
+        """Set the deadline of a service: its state machine gets a "timeout" then. None: no deadline."""
+        service.deadline = deadline
+        if deadline is not None:
+            self.at(deadline, self.expire, service)
+
+    def expire(self, service: Service) -> None:
+        """A deadline that was set for a service has come; it may have been moved since."""
+        if service.deadline is not None and service.deadline <= now():
+            service.deadline = None
+            self.step(service, "timeout")
+
+    def catch_signals(self) -> None:
+        """From now on signals wake the loop. Every signal gets a handler, so none is ignored here or in children."""
+        signal.set_wakeup_fd(self.wake_end, warn_on_full_buffer=False)
+        fatal = {SIGNALS[name] for name in ("KILL", "STOP", "SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS")}
+        for number in signal.valid_signals() - fatal:
+            signal.signal(number, _no_action)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def read_signals(self, _: None) -> None:
+        """Take the signals that came from the wake-up pipe."""
+        try:
+            self.signals += os.read(self.wake, 65536)
+        except BlockingIOError:
+            pass
+
+    def reap(self) -> None:
+        """Take every dead child there is; those that nobody asked for are orphans."""
+        while True:
+            try:
+                pid, wstat = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            action = self.children.pop(pid, None)
+            if action:
+                action(wstat)
+
+    def turn(self, deadline: float | None = None) -> None:
+        """Wait for the next thing to happen, or the deadline, and deal with it."""
+        if self.timers and (deadline is None or self.timers[0][0] < deadline):
+            deadline = self.timers[0][0]
+        for fd, _ in self.epoll.poll(None if deadline is None else max(0.0, deadline - now()) + 0.0005):
+            action = self.watched.get(fd)
+            if action:
+                action[0](action[1])
+        self.reap()
+        while self.timers and self.timers[0][0] <= now():
+            _, _, action_of, argument = heapq.heappop(self.timers)
+            action_of(argument)
+
+    def trouble(self, what: str, error: BaseException | str) -> None:
+        """Log what does not work, but the same thing only once a minute."""
+        message = f"{what}: {reason(error) if isinstance(error, BaseException) else error}"
+        if self.troubles.get(message, -60.0) <= now() - 60.0:
+            if len(self.troubles) > 1000:
+                self.troubles.clear()
+            self.troubles[message] = now()
+            log.error(message)
+
+    # -- becoming and ceasing to be the supervisor of a service
+
+    def supervise(self, service: Service) -> bool:
+        """Take a service into supervision, as s6-supervise does when it starts: lock, FIFO, first status, event s."""
+        supervise, event = f"{service.directory}/supervise", f"{service.directory}/event"
+        try:
+            self.refresh(service)
+            make_fifodir(_linked_place(event))
+            os.makedirs(_linked_place(supervise), 0o700, exist_ok=True)
+            service.lock = _lock_whole(f"{supervise}/lock")
+            try:
+                os.mkfifo(f"{supervise}/control", 0o600)
+            except FileExistsError:
+                pass
+            # read-write: with a writer of our own there is never an end of file
+            service.control = os.open(f"{supervise}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not _is_fifo(service.control):
+                raise Error(f"{supervise}/control is not a FIFO")
+            os.close(os.open(f"{supervise}/death_tally", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+            self.watch(service.control, self.read_control, service)
+        except (OSError, Error) as error:
+            self.trouble(f"cannot supervise {service.name}", error)
+            for fd in (service.lock, service.control):
+                if fd >= 0:
+                    os.close(fd)
+            service.lock = service.control = -1
+            self.arm(service, now() + SUPERVISE_AGAIN)
+            return False
+        notify(event, b"")  # nobody listens to what an earlier supervisor left there
+        service.state, service.pid, service.ready = DOWN, 0, True
+        service.asked = False
+        service.paused = True  # of a down service: not started yet (s6 2.13.2 and later; others take no notice)
+        service.wantup = not os.path.exists(f"{service.directory}/down")
+        service.stamp = service.ready_stamp = time.time_ns()
+        self.tell(service)
+        notify(event, b"s")
+        return True
+
+    def leave(self, service: Service) -> None:
+        """Cease to supervise a service that is down, as s6-supervise does when it exits."""
+        notify(f"{service.directory}/event", b"x")
+        self.unwatch(service.control)
+        os.close(service.lock)
+        service.control = service.lock = -1
+        service.deadline = None
+        if not service.asked and not service.vanished:
+            self.arm(service, now() + 1.0)  # s6-svscan gives a service another s6-supervise after a second
+
+    def return_to_duty(self, service: Service) -> None:
+        """Supervise a service again whose supervision was ended by a command, or could not begin."""
+        if self.supervise(service):
+            self.step(service, "timeout")
+
+    def read_control(self, service: Service) -> None:
+        """Do what the bytes in the control FIFO say."""
+        try:
+            commands = os.read(service.control, 4096)
+        except BlockingIOError:
+            return
+        for byte in commands.decode("latin-1"):
+            self.step(service, byte)
+
+    # -- the state machine at work
+
+    def step(self, service: Service, happened: str) -> None:
+        """Let one input of TABLE happen to a service."""
+        row = TABLE[service.state].get(happened)
+        if row is None:
+            return
+        service.state, actions, event = row
+        for action in actions:
+            if isinstance(action, int):
+                self.kill(service, action)
+            else:
+                getattr(self, action)(service)
+        if event:
+            notify(f"{service.directory}/event", event)
+            self.changed(service)
+        if service.state == GONE and service.control >= 0:
+            self.leave(service)
+
+    def kill(self, service: Service, number: int) -> None:
+        """Send a signal to the process of a service, a negative one to its process group."""
+        if service.pid:
+            try:
+                (os.killpg if number < 0 else os.kill)(service.pid, abs(number))
+            except OSError as error:
+                self.trouble(f"cannot send {SIGNAL_NAMES.get(abs(number))} to {service.name}", error)
+
+    def tell(self, service: Service) -> None:
+        """Write the status file."""
+        record = Status(service.stamp, service.ready_stamp, service.pid, service.pgid, service.wstat, service.flags)
+        try:
+            replace_file(f"{service.directory}/supervise/status", record.pack())
+        except OSError as error:
+            self.trouble(f"cannot write the status of {service.name}", error)
+
+    def remark(self, service: Service, **notes: str) -> None:
+        """Write what the status file has no place for into supervise/note, as lines NAME=TEXT."""
+        if all(service.note.get(name, "") == text for name, text in notes.items()):
+            return
+        service.note = {name: text for name, text in {**service.note, **notes}.items() if text}
+        text = "".join(f"{name}={printable(text)}\n" for name, text in service.note.items())
+        try:
+            replace_file(f"{service.directory}/supervise/note", text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            self.trouble(f"cannot write the note of {service.name}", error)
+
+    def refresh(self, service: Service) -> None:
+        """Bring the live directory up to date with the definition."""
+        if service.definition != service.directory and os.path.isdir(service.definition):
+            link_definition(service.definition, service.directory)
+
+    def want_up(self, service: Service) -> None:
+        service.wantup = True
+
+    def want_down(self, service: Service) -> None:
+        service.wantup = False
+
+    def set_paused(self, service: Service) -> None:
+        service.paused = True
+
+    def set_running(self, service: Service) -> None:
+        service.paused = False
+
+    def make_down_file(self, service: Service) -> None:
+        try:
+            os.close(os.open(f"{service.directory}/down", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        except OSError as error:
+            log.warning(f"cannot make {service.directory}/down: {reason(error)}")
+
+    def remove_down_file(self, service: Service) -> None:
+        try:
+            os.unlink(f"{service.directory}/down")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning(f"cannot remove {service.directory}/down: {reason(error)}")
+
+    def kill_softly(self, service: Service) -> None:
+        self.kill(service, read_signal(service.directory, "down-signal", SIGNALS["TERM"]))
+
+    def ask_reload(self, service: Service) -> None:
+        self.kill(service, read_signal(service.directory, "reload-signal", SIGNALS["HUP"]))
+
+    def arm_kill(self, service: Service) -> None:
+        timeout_ms = read_number(service.directory, "timeout-kill", 0, 2**31)
+        self.arm(service, now() + timeout_ms / 1000 if timeout_ms else None)
+
+    def kill_hard(self, service: Service) -> None:
+        group = os.path.exists(f"{service.directory}/flag-timeout-killpg")
+        for name in ("KILL", "CONT"):
+            self.kill(service, -SIGNALS[name] if group else SIGNALS[name])
+        self.arm(service, now() + KILL_AGAIN)
+
+    def arm_finish(self, service: Service) -> None:
+        timeout_ms = read_number(service.directory, "timeout-finish", FINISH_TIMEOUT_MS, 2**31)
+        self.arm(service, now() + timeout_ms / 1000 if timeout_ms else None)
+
+    def kill_finish(self, service: Service) -> None:
+        log.warning(f"finish of {service.name} takes too long; killing it")
+        for name in ("CONT", "KILL"):
+            self.kill(service, SIGNALS[name])
+        self.arm(service, now() + KILL_AGAIN)
+
+    def start_if_wanted(self, service: Service) -> None:
+        if service.wantup:
+            self.start(service)
+
+    def start(self, service: Service) -> None:
+        """Execute run; gives "started" or "failed"."""
+        ready_pipe: tuple[int, int] | None = None
+        try:
+            self.refresh(service)
+            fds = self.standard_fds(service)
+            number = read_number(service.directory, "notification-fd", 0, 2**20)
+            if number:
+                ready_pipe = os.pipe()
+                fds[number] = ready_pipe[1]
+            lock = read_number(service.directory, "lock-fd", 0, 2**20)
+            service.pid = spawn(["./run", service.name], service.directory, self.environ, fds,
+                                lock=(f"{service.directory}/supervise/service-lock", lock) if lock else None)
+        except OSError as error:
+            if ready_pipe:
+                os.close(ready_pipe[0])
+            hint = " (it has no #! line)" if error.errno == errno.ENOEXEC else ""
+            self.trouble(f"cannot start {service.name}", f"{error.filename or 'run'}: {reason(error)}{hint}")
+            self.remark(service, problem=f"cannot start: {reason(error)}{hint}")
+            self.step(service, "failed")
+            return
+        finally:
+            if ready_pipe:
+                os.close(ready_pipe[1])
+        if ready_pipe:
+            os.set_blocking(ready_pipe[0], False)
+            service.notification = ready_pipe[0]
+            self.watch(service.notification, self.read_notification, service)
+        self.children[service.pid] = lambda wstat: self.died(service, wstat)
+        self.remark(service, problem="")
+        self.step(service, "started")
+
+    def standard_fds(self, service: Service) -> dict[int, int]:
+        """Which descriptors of ours are 0, 1 and 2 of a service."""
+        if service.pipe and service.name.endswith("/log"):
+            return {0: service.pipe[0], 1: 1, 2: 2}
+        if service.pipe:
+            return {0: self.null, 1: service.pipe[1], 2: service.pipe[1]}
+        return {0: self.null, 1: 1, 2: 2}
+
+    def start_later(self, service: Service) -> None:
+        self.arm(service, now() + FAILED_START_PAUSE)
+
+    def set_up(self, service: Service) -> None:
+        service.stamp, service.ready, service.paused, service.deadline = time.time_ns(), False, False, None
+        service.pgid = service.pid
+
+    def set_ready(self, service: Service) -> None:
+        service.ready_stamp, service.ready, service.ready_since = time.time_ns(), True, now()
+
+    def read_notification(self, service: Service) -> None:
+        """A newline on the notification fd says ready; then, or at its end, the pipe is of no more use."""
+        try:
+            data = os.read(service.notification, 4096)
+        except BlockingIOError:
+            return
+        if data and b"\n" not in data:
+            return
+        self.close_notification(service)
+        if data:
+            self.step(service, "ready")
+
+    def close_notification(self, service: Service) -> None:
+        if service.notification >= 0:
+            self.unwatch(service.notification)
+            service.notification = -1
+
+    def died(self, service: Service, wstat: int) -> None:
+        """The process of a service is dead: run or finish."""
+        if service.state in (FINISH, LAST_FINISH):
+            self.step(service, "fatal" if wstat == 125 << 8 else "death")
+            return
+        if service.notification >= 0:
+            self.read_notification(service)  # what it said before it died comes first
+        service.wstat = wstat
+        self.step(service, "death")
+
+    def bury(self, service: Service) -> None:
+        """Note the death of run. A service that was ready for a second starts again at once, others wait one."""
+        service.next_start = service.ready_since + RESTART_PAUSE if service.ready else 0.0
+        service.stamp, service.ready, service.paused, service.deadline = time.time_ns(), False, False, None
+        self.close_notification(service)
+        size = read_number(service.directory, "max-death-tally", DEATH_TALLY, DEATH_TALLY_MAX) * 14
+        path = f"{service.directory}/supervise/death_tally"
+        try:
+            tally = (read_small(path, DEATH_TALLY_MAX * 14) or b"") + pack_death(service.stamp, service.wstat)
+            if size:
+                replace_file(path, tally[-size:])
+        except OSError as error:
+            self.trouble(f"cannot write the death tally of {service.name}", error)
+
+    def start_finish(self, service: Service) -> None:
+        """Execute finish; gives "started", or "failed" when there is none."""
+        signalled = service.wstat & 0x7F
+        argv = ["./finish", "256" if signalled else str(service.wstat >> 8), str(signalled), service.name,
+                str(service.pgid)]
+        service.pid = 0
+        if os.access(f"{service.directory}/finish", os.F_OK):
+            try:
+                service.pid = spawn(argv, service.directory, self.environ, self.standard_fds(service))
+            except OSError as error:
+                self.trouble(f"cannot run finish of {service.name}", error)
+        if service.pid:
+            self.children[service.pid] = lambda wstat: self.died(service, wstat)
+        self.step(service, "started" if service.pid else "failed")
+
+    def rest(self, service: Service) -> None:
+        """The service is down and can be started again."""
+        service.pid = service.pgid = 0
+        service.ready, service.ready_stamp = True, time.time_ns()
+        self.arm(service, max(now(), service.next_start) if service.next_start else now() + RESTART_PAUSE)
+
+    def changed(self, service: Service) -> None:
+        """Something happened to a service that others may wait for."""
 
 
 # ======================================================================================================

@@ -82,7 +82,7 @@ def test_the_check_of_the_order_sees_an_offender() -> None:
 
 def test_the_rooms_stand_in_their_order() -> None:
     order = ["", "GROUND", "DNS", "ETCD", "KEYS", "TEMPLATE: VALUES", "TEMPLATE: FUNCTIONS", "TEMPLATE: LANGUAGE",
-             "RENDER", "SUPERVISE", "LOGS", "CLUSTER", "OBSERVE", "COMMAND LINE"]
+             "RENDER", "LOGS", "SUPERVISE", "CLUSTER", "OBSERVE", "COMMAND LINE"]
     found = [name for _, name in rooms(TEXT)]
     assert found == [name for name in order if name in found]
     assert {"GROUND", "ETCD", "RENDER", "COMMAND LINE"} <= set(found)
