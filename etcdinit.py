@@ -2842,7 +2842,9 @@ def runes(text: str) -> str:
 # ---- strconv: numbers ---------------------------------------------------------------------------------
 
 def _shortest(value: float) -> tuple[str, int]:
-    """The fewest decimal digits that give back a finite value > 0, and where the point stands in them."""
+    """The fewest decimal digits that give back a finite value >= 0, and where the point stands in them."""
+    if not value:
+        return "0", 1
     mantissa, _, exponent = repr(value).partition("e")
     whole, _, fraction = mantissa.partition(".")
     digits = (whole + fraction).lstrip("0")
@@ -2869,7 +2871,7 @@ def format_float(value: float, verb: str = "g", precision: int | None = None) ->
         return text[:-2] if text.endswith(".0") else text
     digits, point = _shortest(abs(value))
     if verb == "f":
-        sign = "-" if value < 0 else ""
+        sign = "-" * (repr(value)[0] == "-")
         if point <= 0:
             return f"{sign}0.{'0' * -point}{digits}"
         whole, fraction = digits[:point].ljust(point, "0"), digits[point:]
@@ -4012,7 +4014,8 @@ def _json_string(text: str, at: int) -> tuple[str, int]:
             raise _json_unexpected(text, len(text), "")
         else:
             escape = go_string(utf8(text[at:at + 6])[:6 if letter == "u" else 2])
-            shown = f"`{escape}`" if _can_backquote(escape) else quote(escape)
+            plain_text = all(c.isprintable() and c not in " `\ufffd" for c in escape)
+            shown = f"`{escape}`" if plain_text else quote(escape)
             raise ValueError(f"invalid escape sequence {shown} in string")
     if text[at:at + 1] != '"':
         raise _json_unexpected(text, at, "in string")
@@ -4346,19 +4349,29 @@ class _Pattern:
             self.at = octal.end()
             return int(octal[0], 8)
         if c == "x":
-            match = re.compile(r"\{([0-9A-Fa-f]+)\}|([0-9A-Fa-f]{2})").match(self.text, self.at)
-            code = int((match[1] or match[2])[-8:], 16) if match else 0
-            if match and code <= 0x10FFFF and len((match[1] or "").lstrip("0")) < 7:
-                self.at = match.end()
-                return code
-            wrong = re.compile(r"\{[0-9A-Fa-f]{0,6}|[0-9A-Fa-f]?").match(self.text, self.at)
-            end = wrong.end() if wrong else self.at
-            raise self.bad("invalid escape sequence", start, end if code > 0x10FFFF else end + 1)
+            return self.hexadecimal(start)
         if c in _RE_ESCAPES:
             return ord(_RE_ESCAPES[c])
         if c.isalnum() or not c.isascii():
             raise self.bad("invalid escape sequence", start, self.at)
         return ord(c)
+
+    def hexadecimal(self, start: int) -> int:
+        r"""The character of \x41 or \x{41}; the x has been read."""
+        if not self.peek("{"):
+            digits, self.at = self.text[self.at:self.at + 2], self.at + 2
+            if not re.fullmatch("[0-9A-Fa-f]{2}", digits):
+                raise self.bad("invalid escape sequence", start, self.at)
+            return int(digits, 16)
+        code, end = 0, self.at + 1
+        while code <= 0x10FFFF and re.match("[0-9A-Fa-f]", self.text[end:end + 1]):
+            code, end = 16 * code + int(self.text[end], 16), end + 1
+        if code > 0x10FFFF:
+            raise self.bad("invalid escape sequence", start, end)
+        if end == self.at + 1 or self.text[end:end + 1] != "}":
+            raise self.bad("invalid escape sequence", start, end + 1)
+        self.at = end + 1
+        return code
 
     def character_class(self, start: int) -> str:
         """The class whose bracket has been read, in Python's syntax."""
