@@ -3448,7 +3448,7 @@ class _Printer:
             kind = _go_class(value)
             if depth < 0:
                 self.out.append(value)
-            elif value is None:
+            elif value is None or value is INVALID:
                 self.out.append("interface {}(nil)" if self.sharp_v else "<nil>")
             elif self.leaf(value, kind, verb):
                 pass
@@ -4498,24 +4498,20 @@ def _file_exists(path: str) -> bool:
 
 def _lookup_ip(host: str) -> Strings:
     """All addresses of a host, sorted as strings; none if it cannot be looked up."""
-    try:
-        found = socket.getaddrinfo(utf8(host), None, 0, socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        return Strings()
-    return Strings(sorted({str(address[4][0]).partition("%")[0].removeprefix("::ffff:") for address in found}))
-
-
-def _lookup_ipv4(host: str) -> Strings:
-    return Strings(a for a in _lookup_ip(host) if "." in a)
-
-
-def _lookup_ipv6(host: str) -> Strings:
-    return Strings(a for a in _lookup_ip(host) if ":" in a)
+    return Strings(sorted(host_addresses(host)))
 
 
 def _lookup_srv(service: str, protocol: str, name: str) -> SRVs:
-    """net.LookupSRV, sorted by confd; empty if it fails."""
-    return SRVs()
+    """net.LookupSRV, in confd's order, which is not that of the priorities; none if it fails."""
+    full = f"_{service}._{protocol}.{name}" if service or protocol else name
+    try:
+        answer = resolve_srv(full, addresses=False)
+    except DnsError as error:
+        log.debug(str(error))
+        return SRVs()
+    found = [SRV(record.target.rstrip(".") + ".", record.port, record.priority, record.weight)
+             for record in answer.records]
+    return SRVs(sorted(found, key=lambda srv: f"{srv.Target}{srv.Port}{srv.Priority}{srv.Weight}"))
 
 
 def _lookup_interface_ipv4(name: str) -> str:
@@ -4569,8 +4565,8 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
     Func("getenv", _getenv, ("string", "string"), True, "string"),
     Func("datetime", _datetime, (), returns="time.Time"),
     Func("lookupIP", _lookup_ip, ("string",), returns="[]string"),
-    Func("lookupIPV4", _lookup_ipv4, ("string",), returns="[]string"),
-    Func("lookupIPV6", _lookup_ipv6, ("string",), returns="[]string"),
+    Func("lookupIPV4", lambda host: Strings(a for a in _lookup_ip(host) if "." in a), ("string",), returns="[]string"),
+    Func("lookupIPV6", lambda host: Strings(a for a in _lookup_ip(host) if ":" in a), ("string",), returns="[]string"),
     Func("lookupSRV", _lookup_srv, ("string", "string", "string"), returns="[]*net.SRV"),
     Func("fileExists", _file_exists, ("string",), returns="bool"),
     Func("base64Encode", _base64_encode, ("string",), returns="string"),
@@ -4580,7 +4576,7 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
     Func("reverse", _reverse, ("any",)),
     Func("sortByLength", _sort_by_length, ("[]string",), returns="[]string"),
     Func("sortKVByLength", lambda pairs: PairList(sorted(pairs, key=lambda pair: len(utf8(pair.Key)))),
-         (_GO_TYPES[PairList],), returns=_GO_TYPES[PairList]),
+         (_GO_TYPES[KVPairs],), returns=_GO_TYPES[PairList]),
     Func("add", lambda a, b: _int64(a + b), ("int", "int"), returns="int"),
     Func("sub", lambda a, b: _int64(a - b), ("int", "int"), returns="int"),
     Func("mul", lambda a, b: _int64(a * b), ("int", "int"), returns="int"),
@@ -4633,6 +4629,13 @@ def _timed(name: str, nanoseconds: int) -> Func:
                 returns="float64")
 
 
+def _nanoseconds(value: Any) -> int:
+    """A Duration argument, which in a template is nearly always an int constant."""
+    if type(value) not in (Duration, int):
+        raise ValueError(f"wrong type for value; expected time.Duration; got {go_type(value)}")
+    return int(value)
+
+
 # What a template can call on a value; the value itself is the first argument of `call`.
 GO_METHODS: dict[type, dict[str, Func]] = {
     Time: _methods(
@@ -4656,10 +4659,10 @@ GO_METHODS: dict[type, dict[str, Func]] = {
         Func("Minute", lambda t: t.clock()[1], returns="int"),
         Func("Second", lambda t: t.clock()[2], returns="int"),
         Func("Nanosecond", lambda t: t.nanoseconds, returns="int"),
-        Func("Add", Time.add, ("time.Duration",), returns="time.Time"),
+        Func("Add", lambda t, d: t.add(_nanoseconds(d)), ("any",), returns="time.Time"),
         Func("AddDate", Time.add_date, ("int", "int", "int"), returns="time.Time"),
-        Func("Truncate", lambda t, unit: t.round(unit, False), ("time.Duration",), returns="time.Time"),
-        Func("Round", lambda t, unit: t.round(unit, True), ("time.Duration",), returns="time.Time"),
+        Func("Truncate", lambda t, d: t.round(_nanoseconds(d), False), ("any",), returns="time.Time"),
+        Func("Round", lambda t, d: t.round(_nanoseconds(d), True), ("any",), returns="time.Time"),
         Func("Sub", Time.since, ("time.Time",), returns="time.Duration"),
         Func("Before", lambda t, other: t.since(other) < 0, ("time.Time",), returns="bool"),
         Func("After", lambda t, other: t.since(other) > 0, ("time.Time",), returns="bool"),
