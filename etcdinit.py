@@ -3697,6 +3697,10 @@ def print_value(value: Any) -> str:
 # Functions take and return the values of the room above; they raise ValueError with Go's message.
 # Arguments have been checked and converted by the caller, see Func.
 
+_LONGEST = 1 << 28  # characters that repeat and indent make of a short text
+_MOST_NUMBERS = 1 << 20  # that seq makes
+
+
 # ---- printing and escaping ----------------------------------------------------------------------------
 
 def _printed(arguments: tuple[object, ...]) -> str:
@@ -3783,9 +3787,6 @@ def _indent(spaces: int, text: str) -> str:
     if len(pad) * text.count("\n") > _LONGEST:
         raise ValueError("strings: Repeat output length overflow")
     return pad + text.replace("\n", "\n" + pad) if text else ""
-
-
-_LONGEST = 1 << 28  # bytes that a template's functions make of one short argument
 
 
 def _nospace(text: str) -> str:
@@ -3890,8 +3891,8 @@ def _mod(a: int, b: int) -> int:
 
 
 def _seq(first: int, last: int) -> Ints:
-    if last - first >= _LONGEST >> 4:
-        raise ValueError(f"more than {_LONGEST >> 4} numbers")
+    if last - first >= _MOST_NUMBERS:
+        raise ValueError(f"more than {_MOST_NUMBERS} numbers")
     return Ints(range(first, last + 1))
 
 

