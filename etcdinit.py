@@ -5599,6 +5599,8 @@ def _equal(first: Any, *others: Any) -> bool:
 
 
 def _equal_two(one: Any, other: Any) -> bool:
+    if type(one) is type(other) and type(one) in _BASIC_KINDS:
+        return bool(one == other)
     kind, other_kind = _basic_kind(one), _basic_kind(other)
     none, other_none = one is INVALID or one is None, other is INVALID or other is None
     if kind == other_kind and kind is not None or {kind, other_kind} == {"int", "uint"}:
@@ -5810,7 +5812,7 @@ class _Compiler:
         self.world: dict[str, Any] = {
             "__builtins__": {}, "INVALID": INVALID, "type": type, "dict": dict, "str": str, "int": int, "bool": bool,
             "float": float, "fail": _fail, "method": _method, "convert": _convert, "elements": _elements,
-            "items": _items, "show": print_value, "put": dict.__setitem__,
+            "items": _items, "show": print_value, "put": dict.__setitem__, "equal": _equal_two,
             "field": lambda receiver, name, origin: _field(receiver, name, origin, missingkey),
             "within": lambda value, origin: _INTERFACE if type(origin) in (list, dict) else value, "JSON": {},
             "form": lambda form, value: sprintf(form, None if value is INVALID else value),
@@ -6222,6 +6224,8 @@ class _Compiler:
             values = [self.constant(arguments[0].show() if arguments else None), *values]
         name = f"call_{function.name}"
         self.world[name] = function.call
+        if function is BUILTINS["eq"] and len(values) == 2:
+            name = "equal"
         return self.call(name, *values, line=self.place(node, function.name))
 
     def interface(self, value: Any, word: Any, scope: _Scope) -> Any:
