@@ -3639,26 +3639,32 @@ def sprintln(*arguments: object) -> str:
     return "".join(printer.out)
 
 
-# Most formats of templates are %s, %d and %v of strings and ints, which Python's % prints alike: such a format
-# is kept as the Python format and the types that it is right for.
-_plans: dict[str, tuple[str, tuple[frozenset[type], ...]] | None] = {}
-_PLAN_TYPES = {"s": frozenset((str,)), "v": frozenset((str, int)), "d": frozenset((int,)), "x": frozenset((int,)),
-               "X": frozenset((int,))}
+# Most formats of templates are %s, %d, %v or %.2f of strings and numbers, which Python's % prints alike: such a
+# format is kept as the Python format, the types that it is right for, and whether the values need a look: only
+# ASCII is as wide in Python as in Go, only finite numbers look the same.
+_plans: dict[str, tuple[str, tuple[frozenset[type], ...], bool] | None] = {}
+_PLAN_ROWS = (  # flags, width, precision and verb; the types; whether the values need a look
+    ("s", (str,), False), ("v", (str, int), False), (r"-?([1-9]\d{0,4})?(\.\d{1,3})?s", (str,), True),
+    (r"[-+ 0]*\d{0,5}[dxX]", (int,), False), (r"[-+ 0]*\d{0,5}(\.\d{0,3})?[feE]", (float,), True),
+)
 
 
-def _plan(format: str) -> tuple[str, tuple[frozenset[type], ...]] | None:
+def _plan(format: str) -> tuple[str, tuple[frozenset[type], ...], bool] | None:
     """Learn a format. None if it needs fmt whatever the arguments are."""
     if len(_plans) > 1000:
         _plans.clear()
-    verbs = []
-    for flags, width, verb in re.findall(r"%([-+ 0]*)([0-9]{0,5})(.?)", format):
-        if verb == "%" and not flags and not width:
-            continue
-        if verb not in _PLAN_TYPES or (flags or width) and verb in "sv":
-            _plans[format] = None
+    _plans[format] = None
+    types, look = [], False
+    directives = re.findall(r"%(?:%|[^a-zA-Z%]*.?)", format, re.S)
+    for directive in directives:
+        row = next((row for row in _PLAN_ROWS if re.fullmatch("%" + row[0], directive, re.A)), None)
+        if row is not None:
+            types.append(frozenset(row[1]))
+            look = look or row[2]
+        elif directive != "%%":
             return None
-        verbs.append(_PLAN_TYPES[verb])
-    plan = _plans[format] = re.sub("%%|%v", lambda m: "%%" if m[0] == "%%" else "%s", format), tuple(verbs)
+    python = re.sub("%%|%v", lambda m: "%%" if m[0] == "%%" else "%s", format)
+    plan = _plans[format] = python, tuple(types), look
     return plan
 
 
@@ -3667,13 +3673,18 @@ def sprintf(format: str, *arguments: object) -> str:
     plan = _plans[format] if format in _plans else _plan(format)
     if plan is not None and len(plan[1]) == len(arguments):
         for value, types in zip(arguments, plan[1], strict=True):
-            if type(value) not in types:
+            if type(value) not in types or plan[2] and not _looks_alike(value):
                 break
         else:
             return plan[0] % arguments
     printer = _Printer()
     printer.format(format, arguments)
     return "".join(printer.out)
+
+
+def _looks_alike(value: Any) -> bool:
+    """Whether Python pads this string, or prints this number, as Go does."""
+    return value.isascii() if type(value) is str else value - value == 0
 
 
 def print_value(value: Any) -> str:

@@ -260,6 +260,22 @@ def test_ten_thousand_random_calls_of_fmt_print_as_real_go(go_values: GoValues) 
     assert different == []
 
 
+def test_the_short_way_for_simple_formats_prints_as_real_go(go_values: GoValues) -> None:
+    chance = random.Random(10)
+    values = {"s": ["", "abc", "héllo", "\udcff"], "v": ["s", 1, -7, 1.5], "f": [0.0, -0.0, 1.5, 1e21, float("inf")],
+              "d": [0, 5, -42, 10**12]}
+    questions = []
+    for _ in range(5000):
+        verbs = chance.choices("svdxXfe", k=chance.randrange(1, 4))
+        directives = ["%" + chance.choice(["", "", "-", "0", "+", " ", "-0"]) + chance.choice(["", "", "5", "12", "1"])
+                      + chance.choice(["", "", ".2", "."]) + verb + chance.choice(["", "é", "%%"]) for verb in verbs]
+        arguments = [chance.choice(values.get(verb, values["f" if verb == "e" else "d"])) for verb in verbs]
+        questions.append(("sprintf", "".join(directives), *arguments))
+    answers = zip(questions, go_values.ask(questions), strict=True)
+    different = [(question, answer) for question, (answer, _) in answers if sprintf(*question[1:]) != answer]
+    assert different == []
+
+
 def test_random_literals_are_read_as_real_go_reads_them(go_values: GoValues) -> None:
     chance = random.Random(8)
     parts = ["a", "é", "'", '"', "`", "\\", "\\n", "\\x4", "1", "\\u00e", "9", "\\U0001f60", "0", "\\7", "7", "\n",
