@@ -57,6 +57,7 @@ LAZY_MODULES = {  # name in this file: module
     "heapq": "_heapq",  # heapq without its Python half
     "json": "json",
     "json_c": "_json",  # the quoting of strings alone: json itself loads re
+    "md5": "_md5",  # hashlib would load OpenSSL, several MB
     "pwd": "pwd",
     "re": "re",
     "resource": "resource",
@@ -71,6 +72,7 @@ LAZY_MODULES = {  # name in this file: module
 if TYPE_CHECKING:
     import _ast as ast
     import _json as json_c
+    import _md5 as md5  # type: ignore[import-not-found]
     import _socket as socket
     import _ssl as ssl
     import binascii
@@ -6492,27 +6494,27 @@ class ResourceKey:
         self.name, self.kind, self.default, self.help = name, kind, default, help
 
 
-# kinds: text, texts (an array), id, yes/no, duration (Go's), mode (octal), or the words that are allowed
+# kinds: those of _RESOURCE_KINDS, or the words that are allowed
 RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("src", "text", "", "the template, a path below templates/ (needed)"),
     ResourceKey("dest", "text", "", "the file to write (needed); a symlink is followed"),
-    ResourceKey("keys", "texts", (), "keys that the template may read, each with everything below it"),
+    ResourceKey("keys", "list of texts", (), "keys that the template may read, each with all below it"),
     ResourceKey("prefix", "text", "", "put before every key; --prefix goes before that"),
-    ResourceKey("mode", "mode", None, "permission bits as in \"0644\"; else those of the file, 0644 for a new one"),
-    ResourceKey("uid", "id", -1, "owner by number; else that of the file, for a new one that of the renderer"),
-    ResourceKey("gid", "id", -1, "group by number"),
-    ResourceKey("owner", "text", "", "owner by name"),
-    ResourceKey("group", "text", "", "group by name"),
-    ResourceKey("make_dirs", "yes/no", False, "make missing directories above dest"),
-    ResourceKey("check_cmd", "text", "", "shell command that must succeed; {{.src}} is the new file, {{.dest}} dest"),
+    ResourceKey("mode", "octal", None, "permission bits as in \"0644\"; else those of the file, 0644 for a new one"),
+    ResourceKey("uid", "number", -1, "owner by number; else that of the file, for a new one that of the renderer"),
+    ResourceKey("gid", "number", -1, "group by number, likewise"),
+    ResourceKey("owner", "text", "", "owner by name; uid wins"),
+    ResourceKey("group", "text", "", "group by name; gid wins"),
+    ResourceKey("make_dirs", "true/false", False, "make missing directories above dest"),
+    ResourceKey("check_cmd", "text", "", "shell command that must succeed before the swap; {{.src}} is the new file"),
     ResourceKey("check_timeout", "duration", 30.0, "time after which check_cmd is killed and has failed"),
     ResourceKey("reload_cmd", "text", "", "shell command to run after a change; {{.src}} and {{.dest}} are the file"),
     ResourceKey("reload_timeout", "duration", 60.0, "time after which reload_cmd is killed and has failed"),
     ResourceKey("output_format", "json|toml", "", "the new file must be well-formed JSON or TOML"),
     ResourceKey("on_missing", "error|empty|skip", "error",
                 "a key that getv or get wants does not exist: fail, take an empty text, or leave dest as it is"),
-    ResourceKey("required", "texts", (), "keys without which the resource fails (on_missing = \"skip\": is skipped)"),
-    ResourceKey("secret", "yes/no", False, "mode 0600 unless mode is set; contents never shown, not even by --diff"),
+    ResourceKey("required", "list of texts", (), "keys without which it fails (on_missing = \"skip\": is skipped)"),
+    ResourceKey("secret", "true/false", False, "mode 0600 unless mode is set; contents never shown, even by --diff"),
 )}
 
 _RESOURCE_ALIASES = {"check_cmd_timeout": "check_timeout", "reload_cmd_timeout": "reload_timeout"}  # of confd's fork
@@ -6552,7 +6554,8 @@ def _timeout(value: Any) -> float:
 
 
 _RESOURCE_KINDS: dict[str, Callable[[Any], Any]] = {
-    "text": _a_text, "texts": _texts, "id": _id, "yes/no": _yes_or_no, "duration": _timeout, "mode": _a_text}
+    "text": _a_text, "list of texts": _texts, "number": _id, "true/false": _yes_or_no,
+    "duration": _timeout, "octal": _a_text}
 
 
 def parse_mode(text: str, as_confd: bool = False) -> tuple[int, str]:
@@ -6691,7 +6694,7 @@ def _resource(table: dict[str, Any], path: str, name: str, text: Sequence[str], 
                 fault(written, f'output_format = "{value}" is not checked (only json and toml are)', "warning")
             else:
                 raise ValueError("one of " + ", ".join(f'"{word}"' for word in kind.split("|")) + " is needed")
-            if kind == "mode":
+            if kind == "octal":
                 values[key], warning = parse_mode(value, as_confd)
                 if warning:
                     fault(written, warning, "warning")
@@ -7231,7 +7234,7 @@ class Wanted:
         if present.mode != self.mode:
             found.append(f"{dest} has mode {mode_text(present.mode)} should be {mode_text(self.mode)}")
         if present.data != self.data:
-            sums = ["a secret" if secret else hashlib.md5(data, usedforsecurity=False).hexdigest()
+            sums = ["a secret" if secret else md5.md5(data).hexdigest()
                     for data in (present.data, self.data)]
             found.append(f"{dest} has md5sum {sums[0]} should be {sums[1]}")
         return found
@@ -7534,10 +7537,16 @@ def render_once(source: Any, options: RenderOptions, reloads: dict[str, Reload] 
     return code or (EXIT_FAILED if failed else EXIT_OK)
 
 
-RETRY_LIMIT = 60.0  # seconds at most between two passes while something fails
+def _reap_orphans() -> None:
+    """As process 1 of a container we inherit what commands leave behind; no command of ours runs now."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
 
 
-RETRY_LIMIT = 60.0  # seconds at most between two passes while something fails
+RENDER_RETRY = 60.0  # seconds at most between two passes while something fails
 
 
 def render_forever(source: Any, options: RenderOptions, interval: float) -> NoReturn:
@@ -7553,7 +7562,8 @@ def render_forever(source: Any, options: RenderOptions, interval: float) -> NoRe
             failures += 1
             log.error(str(error))  # it was right at first, so conf.d has changed
         first = False
-        pause = min(interval, RETRY_LIMIT, 2.0 ** min(failures - 1, 10)) if failures else interval
+        _reap_orphans()
+        pause = min(interval, RENDER_RETRY, 2.0 ** min(failures - 1, 10)) if failures else interval
         stop.during(time.sleep, pause * (0.75 + os.urandom(1)[0] / 1024) if failures else pause)
 
 
@@ -8865,7 +8875,7 @@ def reference() -> str:
     """The reference in README.md, in Markdown: verbs, flags with environment and defaults, keys of resources."""
     def table(*rows: tuple[str, ...]) -> str:
         head, *body = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-        return "".join(f"| {line} |\n" for line in [head, "|".join("---" for _ in rows[0]), *body])
+        return "".join(f"| {line} |\n" for line in [head, " | ".join("---" for _ in rows[0]), *body])
 
     verbs = [(f"`etcdinit {verb.name} {verb.arguments}".rstrip() + "`", verb.help.replace("\n", " "),
               f"`{verb.example.splitlines()[0]}`") for verb in VERBS.values()]
@@ -8883,11 +8893,11 @@ def reference() -> str:
 
 
 def _default_text(row: ResourceKey) -> str:
-    if row.kind == "yes/no":
+    if row.kind == "true/false":
         return "false"
     if row.kind == "duration":
         return f'"{row.default:g}s"'
-    return f'"{row.default}"' if row.default and row.kind != "id" else ""
+    return f'"{row.default}"' if row.default and row.kind != "number" else ""
 
 
 # ---- what confd's users type --------------------------------------------------------------------------
@@ -9125,6 +9135,7 @@ def _keep_open(fd: int) -> None:
     except OSError:
         try:
             os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+            os.set_inheritable(fd, True)
         except OSError:
             pass
 
