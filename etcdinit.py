@@ -6514,7 +6514,7 @@ RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("on_missing", "error|empty|skip", "error",
                 "a key that getv or get wants does not exist: fail, take an empty text, or leave dest as it is"),
     ResourceKey("required", "list of texts", (), "keys without which it fails (on_missing = \"skip\": is skipped)"),
-    ResourceKey("secret", "true/false", False, "mode 0600 unless mode is set; contents never shown, even by --diff"),
+    ResourceKey("secret", "true/false", False, "the owner alone reads it, unless mode is set; contents are never shown"),
 )}
 
 _RESOURCE_ALIASES = {"check_cmd_timeout": "check_timeout", "reload_cmd_timeout": "reload_timeout"}  # of confd's fork
@@ -7221,7 +7221,9 @@ class Wanted:
         if resource.mode is not None:
             self.mode = resource.mode
         else:
-            self.mode = 0o600 if resource.secret else present.mode if present.data is not None else 0o644
+            usual = 0o600 if resource.secret else 0o644
+            kept = present.mode & 0o700 if resource.secret else present.mode
+            self.mode = usual if present.data is None else kept
 
     def differences(self, present: Present, dest: str, secret: bool) -> list[str]:
         """Why a present file is not as wanted, in confd's words; empty if it is."""
@@ -7510,9 +7512,9 @@ def render_once(source: Any, options: RenderOptions, reloads: dict[str, Reload] 
         if keys:
             revision, pairs = stop.during(source.read, keys)
             tree = KeyTree(pairs, revision)
-    except Error as error:
-        log.error(str(error))
-        code, due = error.exit_code, []
+    except Exception as error:
+        log.error(str(error) if isinstance(error, Error) else bug(error))
+        code, due = getattr(error, "exit_code", EXIT_FAILED), []
         count["failed"] += len(resources)
     for resource in due:
         if stop.signal:
@@ -9001,7 +9003,9 @@ def check_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit check."""
     findings = lint(setting("confdir", flags), setting("prefix", flags), _as_confd(flags))
     write_out("".join(f"{printable(str(finding))}\n" for finding in findings))
-    return EXIT_FAILED if any(finding.level == "error" for finding in findings) else EXIT_OK
+    errors = sum(finding.level == "error" for finding in findings)
+    log.info(f"{errors} errors, {len(findings) - errors} warnings")
+    return EXIT_FAILED if errors else EXIT_OK
 
 
 def template_verb(words: list[str], flags: dict[str, Any]) -> int:

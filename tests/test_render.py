@@ -415,7 +415,7 @@ def test_a_changed_file_is_replaced_not_overwritten(image: Image) -> None:
 @pytest.mark.parametrize("keys, before, after", [
     ({}, None, 0o644), ({"mode": "0600"}, None, 0o600), ({"mode": "644"}, None, 0o644), ({"mode": "0666"}, None, 0o666),
     ({}, 0o751, 0o751), ({"mode": "0640"}, 0o751, 0o640), ({"secret": True}, None, 0o600),
-    ({"secret": True}, 0o644, 0o600),
+    ({"secret": True}, 0o644, 0o600), ({"secret": True}, 0o440, 0o400),
     ({"secret": True, "mode": "0640"}, None, 0o640),
 ])
 def test_modes(image: Image, keys: dict[str, object], before: int | None, after: int) -> None:
@@ -881,6 +881,9 @@ def test_the_loop_survives_failures_and_retries_them_soon(image: Image) -> None:
     assert process.poll() is None
     flag.write_text("now the reload that was due succeeds")
     eventually(lambda: log.read_text().endswith("INFO 1 template resources: 1 in sync\n"))
+    proc = Path(f"/proc/{process.pid}")
+    assert (proc / "task" / str(process.pid) / "children").read_text() == ""  # no child is left, not even a zombie
+    assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2"]
     process.terminate()
     assert process.wait(20) == 0
 
@@ -1062,6 +1065,7 @@ def test_lint_is_content_with_what_can_work(image: Image, text: str, keys: list[
     image.resource("a", text, keys=keys)
     ran = image.run(verb="check")
     assert (ran.code, ran.out) == (0, "")
+    assert ran.err.endswith("INFO 0 errors, 0 warnings\n")
 
 
 def test_lint_names_every_file_and_line(image: Image) -> None:
