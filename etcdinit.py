@@ -1550,6 +1550,11 @@ def wait_readable(fd: int, deadline: float, writable: bool = False) -> None:
         raise TimeoutError(errno.ETIMEDOUT, "timed out")
 
 
+_SOCKET_OPTIONS = (  # no delay; and on a connection that is silent for 20 s, TCP asks by itself whether it stands
+    ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 20),
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", 5), ("IPPROTO_TCP", "TCP_KEEPCNT", 3))
+
+
 class Connection:
     """One connection to an endpoint, with TLS or without. Never blocks beyond the deadline that a call is given."""
 
@@ -1579,7 +1584,8 @@ class Connection:
 
     def _connect(self, address: Any, deadline: float) -> None:
         self._socket.setblocking(False)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for level, option, value in _SOCKET_OPTIONS:
+            self._socket.setsockopt(getattr(socket, level), getattr(socket, option), value)
         failure = self._socket.connect_ex(address)
         if failure == errno.EINPROGRESS:
             wait_readable(self.fileno(), deadline, writable=True)
@@ -1790,6 +1796,12 @@ def v3_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
     return kind, code, f"{message} ({remedy})" if remedy else message
 
 
+def v3_headers(token: str | None) -> dict[str, str]:
+    """The header fields of a v3 request. Without a leader it fails at once, and a watch ends."""
+    headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}
+    return {**headers, "Authorization": token} if token else headers
+
+
 def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, str]:
     """The error that a v2 answer means, its errorCode and etcd's message with its cause."""
     try:
@@ -1943,6 +1955,10 @@ class Etcd:
 
     # -- reading
 
+    def watch(self, keys: Iterable[str], revision: int) -> Watch:
+        """Follow everything at and below the keys from the revision of a read() on."""
+        return Watch(self, keys, revision)
+
     def read(self, keys: Iterable[str]) -> tuple[int, list[tuple[str, str]]]:
         """Everything at and below the keys: the revision it was read at, and the keys with their values.
 
@@ -2094,9 +2110,7 @@ class Etcd:
               token: str = "") -> dict[str, Any]:
         """One request to one endpoint's v3 gateway, at the path that it has."""
         data = json.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}  # no leader: fail at once
-        if token:
-            headers["Authorization"] = token
+        headers = v3_headers(token)
         for base in dict.fromkeys((self._base or V3_BASES[0], *V3_BASES)):
             answer = self._exchange(endpoint, "POST", base + path, headers, data, MAX_ANSWER, request)
             if answer.status == 404 and answer.body[:1] != b"{":
@@ -2109,12 +2123,14 @@ class Etcd:
         raise EtcdNoGateway(str(endpoint), request, "it has no v3 JSON gateway (needed: etcd 3 with"
                             " --enable-grpc-gateway=true, or --enable-v2=true and ETCD_API=2)", 404)
 
+    def _v2_headers(self) -> dict[str, str]:
+        if not self.username or not self.password:
+            return {}
+        return {"Authorization": "Basic " + base64_text(key_bytes(f"{self.username.text()}:{self.password.text()}"))}
+
     def _v2(self, method: str, target: str, request: str, missing: bool = False) -> tuple[int, dict[str, Any] | None]:
         """One request of the v2 keys API: X-Etcd-Index and the node; None for a missing key where that is no error."""
-        headers = {}
-        if self.username and self.password:
-            login = f"{self.username.text()}:{self.password.text()}"
-            headers["Authorization"] = "Basic " + base64_text(key_bytes(login))
+        headers = self._v2_headers()
 
         def ask(endpoint: Endpoint) -> tuple[int, dict[str, Any] | None]:
             answer = self._exchange(endpoint, method, target, headers, b"", MAX_ANSWER_V2, request)
@@ -2292,6 +2308,478 @@ class Etcd:
 
     def _endpoint(self) -> str:
         return str(self._connection.endpoint if self._connection else self.endpoints[0])
+
+
+# ---- watch streams ------------------------------------------------------------------------------------
+#
+# A watch is silent as long as nothing changes; so is one of a member that was stopped, cut off or left alone by
+# its cluster. An idle watch is therefore probed by a read of the same member, over the client's own connection.
+
+PROBE_INTERVAL = 10.0  # seconds of silence after which the member is asked whether it still answers
+RECONNECT_FIRST, RECONNECT_LIMIT = 0.2, 10.0  # seconds: the longest first pause and the longest of all
+MAX_MESSAGE = MAX_ANSWER  # bytes of one line of a stream, and of the fragments of one message
+READ_AT_ONCE = 1 << 20  # bytes of one stream after which others get their turn
+
+if TYPE_CHECKING:
+    Event = tuple[int, str, str, str]  # revision; "put", "delete" or "prune" (the key and all below it); key; value
+
+
+class WatchMessage:
+    """One message of a v3 watch stream.
+
+    revision, term, cluster: of its header, 0 or "" if they are not told; compacted: the revision below which nothing
+    is left, if that is why it is canceled; failure: (error class, code, text) if the stream or the watch failed.
+    """
+
+    __slots__ = ("id", "revision", "term", "cluster", "created", "canceled", "compacted", "fragment", "events",
+                 "failure", "size")
+
+    def __init__(self, line: bytes) -> None:
+        """Decode one line. ValueError: it is no watch message."""
+        try:
+            data = json.loads(line)
+            result = data.get("result")
+            self.failure = None if isinstance(result, dict) else v3_failure(500, line)
+            if not isinstance(result, dict):
+                result = {}
+                if "error" not in data:
+                    raise ValueError
+            header = result.get("header") or {}
+            self.id, self.revision = int(result.get("watch_id", 0)), int(header.get("revision", 0))
+            self.term, self.cluster = int(header.get("raft_term", 0)), str(header.get("cluster_id", ""))
+            self.created, self.canceled = bool(result.get("created")), bool(result.get("canceled"))
+            self.compacted, self.fragment = int(result.get("compact_revision", 0)), bool(result.get("fragment"))
+            self.events, self.size = [_v3_event(event) for event in result.get("events") or ()], len(line)
+            if self.canceled and not self.compacted:
+                text = printable(str(result.get("cancel_reason") or "the server has canceled the watch")[:500])
+                words = text.lower()
+                denied = "auth" in words or "permission" in words or "user name" in words
+                self.failure = (EtcdDenied if denied else EtcdUnreachable, None, text)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"a line of {len(line)} bytes is no watch message") from None
+
+
+def _v3_event(event: Mapping[str, Any]) -> Event:
+    kv, decode = event["kv"], binascii.a2b_base64
+    kind = "delete" if event.get("type") == "DELETE" else "put"
+    return int(kv["mod_revision"]), kind, key_text(decode(kv["key"])), key_text(decode(kv.get("value", "")))
+
+
+_V2_ENDS = ("delete", "expire", "compareAndDelete")
+
+
+def decode_wait(body: bytes) -> Event | None:
+    """The event of a v2 wait answer; None for one that changes no key, as a new directory. ValueError: it is none."""
+    try:
+        data = json.loads(body)
+        action, node = data["action"], data["node"]
+        index, key = int(node["modifiedIndex"]), _v2_text(node["key"])
+        if action in _V2_ENDS:
+            return index, "prune", key, ""
+        return None if node.get("dir") else (index, "put", key, _v2_text(node.get("value", "")))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"a body of {len(body)} bytes is no event") from None
+
+
+def watch_request(spans: Iterable[tuple[bytes, bytes, int]]) -> bytes:
+    """The body that creates v3 watches, one for each span: key, range_end (b"": that key alone), first revision."""
+    requests = []
+    for start, end, revision in spans:
+        create: dict[str, Any] = {"key": base64_text(start), "start_revision": str(revision), "progress_notify": True,
+                                  "fragment": True}
+        if end:
+            create["range_end"] = base64_text(end)
+        requests.append(json.dumps({"create_request": create}))
+    return "\n".join(requests).encode("ascii")
+
+
+class _Span:
+    """A range of keys that is watched: start and end of the range, the next revision that is not known of it yet."""
+
+    __slots__ = ("start", "end", "key", "next", "id", "fragments", "size")
+
+    def __init__(self, start: bytes, end: bytes, key: str, next: int) -> None:
+        self.start, self.end, self.key, self.next = start, end, key, next
+        self.forget()
+
+    def forget(self) -> None:
+        """What belongs to one stream only: the watch id, -1 before it is created, and a half message."""
+        self.id, self.size = -1, 0
+        self.fragments: list[Event] = []
+
+
+class _Stream:
+    """A request whose answer is taken as it arrives. failure: why no more will come."""
+
+    __slots__ = ("connection", "answer", "spans", "fresh", "began", "deadline", "failure", "_pending")
+
+    def __init__(self, connection: Connection, message: bytes, timeout: float, spans: Sequence[_Span] = (),
+                 fresh: bool = False) -> None:
+        self.connection, self.spans, self.fresh = connection, spans, fresh
+        self.answer, self._pending = Answer(MAX_MESSAGE), bytearray()
+        self.failure: Exception | None = None
+        self.began = now()
+        self.deadline = self.began + timeout  # for the sign that it works
+        connection.send(message, self.deadline)
+
+    def receive(self) -> bool:
+        """Take in what is there; True if there was something. What came before a failure is not lost."""
+        got = 0
+        try:
+            while got < READ_AT_ONCE and not self.answer.done:
+                data = self.connection.receive()
+                if data is None:
+                    break
+                got += len(data) or 1
+                self.answer.feed(data)
+        except (OSError, ValueError) as error:
+            self.failure = error
+        return got > 0
+
+    def lines(self) -> list[bytes]:
+        """The whole lines that have arrived; the last one of a stream may lack its newline."""
+        searched = len(self._pending)
+        self._pending += self.answer.take()
+        if self.answer.done:
+            self._pending += b"\n"
+        if self._pending.find(b"\n", searched) < 0:
+            if len(self._pending) > MAX_MESSAGE:
+                raise TooBig(f"a line of the watch is larger than {MAX_MESSAGE} bytes")
+            return []
+        *lines, rest = self._pending.split(b"\n")
+        self._pending = rest
+        return [bytes(line) for line in lines if line.strip()]
+
+
+class Watch:
+    """Follows everything at and below some keys, from the revision after a read on, over v3 or v2.
+
+    Whoever owns it polls descriptors() for reading until the deadline and then calls step(). It reconnects by itself,
+    with growing pauses, and never gives up: `failure` is why it is down now (None: it is not), `since` when that
+    began. `stale` says why only a new whole read helps; restart() goes on from there.
+    """
+
+    __slots__ = ("keys", "failure", "since", "stale", "_etcd", "_wanted", "_spans", "_streams", "_attempts",
+                 "_retry_at", "_heard", "_probe", "_fresh", "_identity", "_narrow", "_open", "_endpoint")
+
+    def __init__(self, etcd: Etcd, keys: Iterable[str], revision: int) -> None:
+        """keys: absolute, as for Etcd.read(); revision: what a read of them gave."""
+        self._etcd, self.keys = etcd, top_keys(keys)
+        self._wanted = at_or_below(self.keys)
+        self._streams: list[_Stream] = []
+        self._probe: _Stream | None = None
+        self._identity: tuple[str, int] | None = None  # of the cluster: its id, the highest term seen
+        self._narrow = self._open = False
+        self._endpoint = etcd._current or etcd.endpoints[0]  # the member that is watched
+        self.failure: Error | None = None
+        self.since = self._heard = now()
+        self.restart(revision)
+
+    def restart(self, revision: int) -> None:
+        """Follow from the revision of a new whole read on."""
+        self.close()
+        self.stale, self._fresh = "", True
+        self._attempts, self._retry_at = 0, now()
+        ranges = [(*each[:2], ", ".join(each[2])) for each in key_ranges(self.keys)]
+        if self._etcd.api == 2:
+            ranges = [(b"", b"", key) for key in self.keys]  # a wait knows one key only
+        self._spans = [_Span(start, end, key, revision + 1) for start, end, key in ranges]
+        self._narrow = False
+
+    def close(self) -> None:
+        """Close its connections, which ends the watch on the server too."""
+        for stream in (*self._streams, *([self._probe] if self._probe else [])):
+            stream.connection.close()
+        self._streams, self._probe, self._open = [], None, False
+
+    @property
+    def open(self) -> bool:
+        """True when the server has confirmed every watch and what it sends is taken."""
+        return self._open
+
+    def descriptors(self) -> list[int]:
+        """What to poll for reading."""
+        return [stream.connection.fileno() for stream in (*self._streams, *([self._probe] if self._probe else []))]
+
+    @property
+    def deadline(self) -> float:
+        """When step() is to be called even if nothing has arrived."""
+        if self.stale or not self.keys:
+            return float("inf")
+        if not self._streams:
+            return self._retry_at
+        if not self._open:
+            return min(stream.deadline for stream in self._streams)
+        return self._probe.deadline if self._probe else self._heard + PROBE_INTERVAL
+
+    def step(self) -> list[Event]:
+        """Do what is due, without waiting (but to connect); the events that have arrived.
+
+        Each change comes once, in the order of revisions for each key, and those of one revision and range together.
+        """
+        events: list[Event] = []
+        if self.stale or not self.keys:
+            return events
+        try:
+            if not self._streams and now() >= self._retry_at:
+                self._connect()
+            for stream in list(self._streams):
+                if stream.receive():
+                    self._heard = now()
+                    (self._wait_answer if self._etcd.api == 2 else self._messages)(stream, events)
+                if stream.failure:
+                    raise stream.failure
+            self._find_open()
+            self._step_probe()
+        except EtcdCompacted as error:
+            self.stale = error.text
+            self.close()
+        except (OSError, ValueError, Error) as error:
+            self._failed(error)
+        return [event for event in events if event[1] == "prune" or self._wanted(event[2])]
+
+    # -- connections
+
+    @property
+    def _request(self) -> str:
+        return f"watch {', '.join(self.keys)}"
+
+    def _connect(self) -> None:
+        etcd = self._etcd
+        etcd._look_up(self._request, again=self._attempts >= len(etcd.endpoints))
+        self._endpoint = etcd._order()[0]
+        if self._narrow:
+            self._spans, self._narrow = self._permitted(), False
+        if etcd.username and etcd.api == 3 and etcd._token is None:
+            etcd._deadline = now() + etcd.answer_timeout
+            etcd._log_in(self._endpoint)
+        for group in [[span] for span in self._spans] if etcd.api == 2 else [self._spans]:
+            self._streams.append(self._start(group))
+        self._heard = now()
+
+    def _link(self) -> Connection:
+        """A new connection to the member that is watched."""
+        tls = self._etcd.tls if self._endpoint.scheme == "https" else None
+        return Connection(self._endpoint, now() + self._etcd.connect_timeout, tls)
+
+    def _start(self, spans: Sequence[_Span], connection: Connection | None = None) -> _Stream:
+        """Ask the member for the changes of spans."""
+        endpoint = self._endpoint
+        for span in spans:
+            span.forget()
+        if self._etcd.api == 2:
+            target = v2_target(spans[0].key, f"wait=true&recursive=true&waitIndex={spans[0].next}")
+            message = http_request("GET", target, endpoint.authority, self._etcd._v2_headers())
+        else:
+            headers = v3_headers(self._etcd._token)
+            body = watch_request((span.start, span.end, span.next) for span in spans)
+            message = http_request("POST", f"{self._etcd._base}/watch", endpoint.authority, headers, body)
+        return _Stream(connection or self._link(), message, self._etcd.answer_timeout, spans, self._fresh)
+
+    def _failed(self, error: Exception) -> None:
+        """Close all, take the next endpoint, after a pause that grows."""
+        endpoint = self._endpoint
+        if isinstance(error, TimeoutError):
+            error = EtcdUnreachable(str(endpoint), self._request, f"no answer within {self._etcd.answer_timeout:g} s")
+        elif not isinstance(error, Error):
+            error = self._etcd._failure(endpoint, self._request, error)
+        log.debug(str(error))
+        if self.failure is None:
+            self.since = now()
+        self.failure = error
+        self.close()
+        if isinstance(error, EtcdDenied):  # the member is well; what it refuses we have to find out
+            self._narrow = self._etcd.api == 3
+        else:
+            endpoint.failed(reason(error))  # the others first
+        pause = min(RECONNECT_LIMIT, RECONNECT_FIRST * 2 ** min(self._attempts, 20))
+        self._retry_at = now() + pause * int.from_bytes(os.urandom(2), "big") / 65536
+        self._attempts += 1
+
+    def _find_open(self) -> None:
+        if self._open or not self._streams:
+            return
+        if self._etcd.api == 2:
+            self._open = all(stream.answer.head_done and stream.answer.status == 200 for stream in self._streams)
+        else:
+            self._open = all(span.id >= 0 for span in self._spans)
+        if self._open:
+            self._fresh, self._attempts, self.failure = False, 0, None
+            self._endpoint.works()
+            self._etcd._current = self._endpoint
+        elif now() >= min(stream.deadline for stream in self._streams):
+            raise TimeoutError(errno.ETIMEDOUT, "timed out")
+
+    def _permitted(self) -> list[_Span]:
+        """The spans again, without what may not be read: a role may hold `/lb/` or the key `/lb/port` only.
+
+        The reads that find it out renew the token too, if that was what the refusal meant.
+        """
+        spans = []
+        for span in self._spans:
+            pieces, denied = [(span.start, span.end, span.key)], 0
+            for start, end, key in pieces:
+                body = {"key": base64_text(start), **({"range_end": base64_text(end)} if end else {}), "limit": 1}
+                try:
+                    self._etcd._v3("/kv/range", {**body, "keys_only": True}, f"watch {key}")
+                    spans.append(_Span(start, end, key, span.next))
+                except EtcdDenied:
+                    denied += 1
+                    if len(pieces) == denied:
+                        raise
+                    if len(pieces) == 1:
+                        for each in span.key.split(", "):
+                            below = key_bytes(each).rstrip(b"/") + b"/"
+                            pieces += [(key_bytes(each), b"", each), (below, range_end(below), each)]
+        return spans
+
+    def _older(self, what: str, found: int, known: int) -> EtcdCompacted:
+        return EtcdCompacted(str(self._endpoint), self._request, "this is another cluster, or an older state of it"
+                             f" ({what} {found} after {known})")
+
+    # -- what arrives
+
+    def _messages(self, stream: _Stream, events: list[Event]) -> None:
+        """Take the lines of a v3 stream."""
+        if not stream.answer.head_done:
+            return
+        if stream.answer.status != 200:
+            if stream.answer.done:
+                kind, code, text = v3_failure(stream.answer.status, bytes(stream.answer.body))
+                raise kind(str(self._endpoint), self._request, text, code)
+            return
+        for line in stream.lines():
+            message = WatchMessage(line)
+            if message.compacted:
+                raise EtcdCompacted(str(self._endpoint), self._request,
+                                    f"revisions before {message.compacted} are compacted")
+            if message.failure:
+                kind, code, text = message.failure
+                raise kind(str(self._endpoint), self._request, text, code)
+            if message.created:
+                self._created(message)
+            for span in self._spans:
+                if span.id == message.id or message.id == -1:
+                    self._take(span, message, events)
+        if stream.answer.done:
+            raise ValueError("the server has ended the watch")
+
+    def _created(self, message: WatchMessage) -> None:
+        span = next((span for span in self._spans if span.id < 0), None)
+        if span is None:
+            raise ValueError("the server tells of a watch that was not asked for")
+        span.id = message.id
+        known = self._identity
+        self._identity = message.cluster, max(message.term, known[1] if known else 0)
+        if self._fresh:
+            self._identity = message.cluster, message.term
+        elif message.revision < span.next - 1 or known and (known[0] != message.cluster or known[1] > message.term):
+            raise self._older("revision", message.revision, span.next - 1)
+
+    def _take(self, span: _Span, message: WatchMessage, events: list[Event]) -> None:
+        """Pass on the events of a message once it is whole."""
+        span.fragments += message.events
+        span.size += message.size
+        if message.fragment:
+            if span.size > 4 * MAX_MESSAGE:
+                raise EtcdCompacted(str(self._endpoint), self._request, "a message in fragments is too large")
+            return
+        fresh = [event for event in span.fragments if event[0] >= span.next]
+        events += fresh
+        if span.fragments:
+            span.next = max(span.next, span.fragments[-1][0] + 1)
+        elif not message.created:  # a progress notice: nothing up to here is still to come
+            span.next = max(span.next, message.revision + 1)
+        span.fragments, span.size = [], 0
+
+    def _wait_answer(self, stream: _Stream, events: list[Event]) -> None:
+        """Take the answer of a v2 wait, if it is whole, and wait for the next event."""
+        answer, (span,) = stream.answer, stream.spans
+        digits = answer.headers.get("x-etcd-index", "")
+        if digits.isdecimal() and answer.status == 200 and not stream.fresh and int(digits) < span.next - 1:
+            raise self._older("index", int(digits), span.next - 1)
+        if not answer.done:
+            return
+        body = bytes(answer.body)
+        if answer.status != 200:
+            kind, code, text = v2_failure(answer.status, body)
+            raise kind(str(self._endpoint), self._request, text, code)
+        if body.strip():
+            event = decode_wait(body)
+            index = event[0] if event else int(json.loads(body)["node"]["modifiedIndex"])
+            if event and index >= span.next:
+                events.append(event)
+            span.next = max(span.next, index + 1)
+        elif now() - stream.began < 1:
+            raise ValueError("the server ends waits at once")
+        kept = stream.connection if answer.keep_alive and not stream.failure else None
+        if not kept:
+            stream.connection.close()
+        fresh = self._start(stream.spans, kept)
+        self._streams[self._streams.index(stream)] = fresh
+        stream.failure = None
+
+    # -- signs of life
+
+    def _step_probe(self) -> None:
+        """Ask a silent member for a sign of life, and be not content with silence."""
+        probe, etcd = self._probe, self._etcd
+        if not probe:
+            if self._open and now() >= self._heard + PROBE_INTERVAL:
+                connection = etcd._connection
+                if connection is None or connection.endpoint is not self._endpoint:
+                    connection = self._link()
+                else:
+                    etcd._connection = None  # it is ours until the answer is there
+                self._probe = self._start_probe(connection)
+            return
+        probe.receive()
+        if probe.failure and probe.connection.used and not isinstance(probe.failure, TimeoutError):
+            probe.connection.close()  # the server may have closed it while it was not in use
+            self._probe = self._start_probe(self._link())
+        elif probe.failure:
+            raise probe.failure
+        elif probe.answer.done:
+            self._probe_answer(probe)
+        elif self._heard > probe.began:
+            probe.connection.close()  # the watch itself has given the sign
+            self._probe = None
+        elif now() >= probe.deadline:
+            raise TimeoutError(errno.ETIMEDOUT, "timed out")
+
+    def _start_probe(self, connection: Connection) -> _Stream:
+        authority = connection.endpoint.authority
+        if self._etcd.api == 2:
+            message = http_request("GET", "/health", authority, {})
+        else:  # a linearizable read: the member must reach a quorum for it
+            headers = v3_headers(self._etcd._token)
+            body = json.dumps({"key": base64_text(self._spans[0].start), "count_only": True}).encode("ascii")
+            message = http_request("POST", f"{self._etcd._base}/kv/range", authority, headers, body)
+        try:
+            return _Stream(connection, message, self._etcd.answer_timeout)
+        except OSError:
+            connection.close()
+            raise
+
+    def _probe_answer(self, probe: _Stream) -> None:
+        answer, body = probe.answer, bytes(probe.answer.body)
+        self._probe, self._heard = None, now()
+        probe.connection.used = True
+        if answer.keep_alive and self._etcd._connection is None:
+            self._etcd._connection = probe.connection
+        else:
+            probe.connection.close()
+        if answer.status >= 500:
+            kind, code, text = v3_failure(answer.status, body)
+            raise kind(str(self._endpoint), self._request, text, code)
+        if answer.status == 200 and self._etcd.api == 3:
+            try:
+                revision = int(json.loads(body)["header"]["revision"])
+            except (ValueError, RecursionError, KeyError, TypeError):
+                raise ValueError("the answer to a probe is none of etcd") from None
+            last = max(span.next for span in self._spans) - 1
+            if revision < last:
+                raise self._older("revision", revision, last)
 
 
 # ======================================================================================================
@@ -2496,6 +2984,77 @@ class KeyTree:
         if isinstance(step, str):
             return (step,) if step in names else ()
         return [name for name in names if step.fullmatch(name)]
+
+
+# ---- a tree that follows a store ----------------------------------------------------------------------
+
+class Mirror:
+    """A KeyTree that follows a store: whole reads and events go in, and what they changed comes out.
+
+    What changed is {key: True if the key came or went, False if it has another value}. `doubtful` says that keys are
+    spelled in two ways (`/a` and `/a/` are one key here): then events cannot be trusted, only whole reads.
+    """
+
+    __slots__ = ("tree", "doubtful", "_floor", "_suspects")
+
+    def __init__(self) -> None:
+        self.tree = KeyTree()
+        self.doubtful = False
+        self._floor = 0  # the revision of the last whole read: no event up to it has anything new
+        self._suspects: set[str] = set()  # keys that a whole read found changed, and no event has told so yet
+
+    def replace(self, revision: int, pairs: Iterable[tuple[str, str]]) -> dict[str, bool]:
+        """Take over a whole read."""
+        fresh = KeyTree(pairs := list(pairs), revision)
+        old, new = self.tree.values_by_key, fresh.values_by_key
+        self.doubtful = any(key not in new for key, _ in pairs)
+        self._floor, self.tree.revision, self._suspects = revision, revision, set()
+        if not old:
+            self.tree = fresh
+            return dict.fromkeys(new, True)
+        changed = {key: key not in old for key, value in new.items() if old.get(key) != value}
+        changed.update((key, True) for key in [key for key in old if key not in new])
+        for key in changed:
+            if key in new:
+                self.tree.put(key, new[key])
+            else:
+                self.tree.delete(key)
+        return changed
+
+    def compare(self, revision: int, pairs: Iterable[tuple[str, str]]) -> dict[str, bool]:
+        """Take over a whole read that should bring nothing new but what is on its way; see unexplained()."""
+        changed = self.replace(revision, pairs)
+        self._suspects = set(changed)
+        return changed
+
+    def unexplained(self) -> list[str]:
+        """The keys that the last compare() changed and that no event has told of since: the watch has missed them."""
+        found, self._suspects = bytewise(self._suspects), set()
+        return found
+
+    def apply(self, events: Iterable[Event]) -> dict[str, bool]:
+        """Take over events; those of one revision have to come together."""
+        changed: dict[str, bool] = {}
+        tree = self.tree
+        for revision, kind, key, value in events:
+            clean = clean_key(key)
+            if self._suspects:
+                self._suspects = {each for each in self._suspects if each != clean and not (
+                    kind == "prune" and each.startswith(clean + "/"))}
+            if revision <= self._floor:
+                continue
+            self.doubtful = self.doubtful or clean != key
+            tree.revision = max(tree.revision, revision)
+            if kind == "put":
+                old = tree.get(clean)
+                if old != value:
+                    tree.put(clean, value)
+                    changed[clean] = changed.get(clean, False) or old is None
+                continue
+            for gone in [pair[0] for pair in tree.below(clean)] if kind == "prune" else [clean]:
+                if tree.delete(gone):
+                    changed[gone] = True
+        return changed
 
 
 # ---- patterns -----------------------------------------------------------------------------------------
