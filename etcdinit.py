@@ -7073,7 +7073,7 @@ RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("on_missing", "error|empty|skip", "error",
                 "a key that getv or get wants does not exist: fail, take an empty text, or leave dest as it is"),
     ResourceKey("required", "list of texts", (), "keys without which it fails (on_missing = \"skip\": is skipped)"),
-    ResourceKey("secret", "true/false", False, "the owner alone reads it, unless mode is set; contents are never shown"),
+    ResourceKey("secret", "true/false", False, "the owner alone reads it unless mode is set; contents are never shown"),
 )}
 
 _RESOURCE_ALIASES = {"check_cmd_timeout": "check_timeout", "reload_cmd_timeout": "reload_timeout"}  # of confd's fork
