@@ -307,7 +307,7 @@ SETTINGS = {row.name: row for row in (
     Setting("confdir", "ETCDINIT_CONFDIR", "text", "/etc/confd", "directory with conf.d/ and templates/"),
     Setting("compat", "ETCDINIT_COMPAT", "text", "", 'keep the quirks of a peer: "confd"'),
     Setting("prefix", "ETCD_PREFIX", "text", "", "prefix put before the prefix of every resource"),
-    Setting("node", "ETCD_ENDPOINTS", "list", ("http://127.0.0.1:2379",), "etcd endpoint; repeatable"),
+    Setting("node", "ETCD_ENDPOINTS", "list", (), "etcd endpoint, as in https://10.0.0.1:2379; repeatable"),
     Setting("api", "ETCD_API", "text", "auto", "etcd API: auto, 2 or 3"),
     Setting("srv-domain", "ETCD_SRV_DOMAIN", "text", "", "domain whose DNS SRV records tell where etcd is"),
     Setting("srv-name", "ETCD_SRV_NAME", "text", "", "suffix of etcd's SRV names: _etcd-client-ssl-NAME._tcp"),
@@ -1423,6 +1423,8 @@ def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoi
 
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem", "/etc/pki/tls/certs/ca-bundle.crt")
 
+_TLS_CLOSED = ("the connection was closed in the TLS handshake"
+               " (is it http? then say ETCD_SCHEME=http, or http:// in the endpoint)")
 _TLS_REMEDIES: dict[int | str, str] = {  # OpenSSL's number for a failed verification, or its name for a failure
     9: "its certificate is not valid yet (is the clock of one side wrong?)",
     10: "its certificate has expired (renew it on the server; is the clock here right?)",
@@ -1601,14 +1603,17 @@ class Connection:
                 self._tls.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                self._flush(deadline)
-                data = self._receive_raw()
+                try:
+                    self._flush(deadline)
+                    data = self._receive_raw()
+                except (ConnectionResetError, BrokenPipeError):
+                    data = b""
                 if data is None:
                     wait_readable(self.fileno(), deadline)
                 elif data:
                     self._incoming.write(data)
                 else:
-                    raise OSError(errno.ECONNRESET, "the connection was closed during the TLS handshake") from None
+                    raise OSError(errno.ECONNRESET, _TLS_CLOSED) from None
             except ssl.SSLError:
                 self._flush(now() + 0.1)  # our alert tells the server why
                 raise
@@ -1621,6 +1626,10 @@ class Connection:
     def tls_version(self) -> str:
         """As in "TLSv1.3", "" for a connection without TLS."""
         return (self._tls.version() or "") if self._tls else ""
+
+    def certificate_end(self) -> str:
+        """Until when the other side's certificate is valid, as in "Nov 24 09:00:00 2027 GMT"; "" if not verified."""
+        return str(self._tls.getpeercert().get("notAfter", "")) if self._tls else ""
 
     def fileno(self) -> int:
         """The descriptor, for poll()."""
@@ -1811,6 +1820,8 @@ def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
         kind, code, message = v3_failure(status, body)
         return EtcdDenied if status == 401 else kind, code, message
     kind = _V2_CODES.get(code, EtcdUnreachable if status >= 500 else EtcdError)
+    if code == 110:  # etcd says the same for a missing user, a wrong password, and a role that does not hold the key
+        cause += "; check ETCD_USERNAME, ETCD_PASSWORD and the role of the user"
     return kind, code, printable(f"{message} ({cause})"[:500] if cause else message[:500])
 
 
@@ -1830,11 +1841,11 @@ def v2_pairs(node: Mapping[str, Any]) -> list[tuple[str, str]]:
     return pairs
 
 
-def v2_target(key: str, query: str = "") -> str:
-    """The request target of a key in the v2 API."""
+def v2_target(key: str, query: str = "", slash: str = "") -> str:
+    """The request target of a key in the v2 API; with a slash behind it if told so."""
     quoted = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 or byte in b"/-._~" else f"%{byte:02X}"
                      for byte in key_bytes(key.rstrip("/")))
-    return f"/v2/keys{quoted}{'?' if query else ''}{query}"
+    return f"/v2/keys{quoted}{slash}{'?' if query else ''}{query}"
 
 
 # ---- endpoints from DNS -------------------------------------------------------------------------------
@@ -2065,7 +2076,16 @@ class Etcd:
         index, pairs = 0, list[tuple[str, str]]()
         for key in tops:
             request = f"read {key}"
-            found, node = self._v2("GET", v2_target(key, "recursive=true&quorum=true"), request, missing=True)
+            try:
+                found, node = self._v2("GET", v2_target(key, "recursive=true&quorum=true"), request, missing=True)
+            except EtcdDenied:  # a role that holds /lb/* may ask for /lb/, one that holds a key for that alone
+                try:
+                    target = v2_target(key, "recursive=true&quorum=true", "/")
+                    found, node = self._v2("GET", target, request, missing=True)
+                except EtcdDenied:
+                    found, node = self._v2("GET", v2_target(key, "quorum=true"), request, missing=True)
+                    if node and node.get("dir"):
+                        raise
             index = index or found
             try:
                 pairs += v2_pairs(node or {"dir": True})
@@ -2248,6 +2268,67 @@ class Etcd:
             log.debug("endpoints by DNS", endpoints=",".join(map(str, self.endpoints)))
         return bool(new)
 
+    # -- what there is to know about the endpoints
+
+    def survey(self) -> list[dict[str, Any]]:
+        """What each endpoint says of itself: a row for each, of text, numbers and booleans; "" and None for unknown.
+
+        endpoint, source, priority, tls (version, "none", "TLSv1.3 unverified"), certificate_end, version,
+        latency_ms (of one request on an open connection), leader (True if it leads), auth, error.
+        """
+        self._look_up("list the endpoints")
+        return [self._survey_one(endpoint) for endpoint in self.endpoints]
+
+    def _survey_one(self, endpoint: Endpoint) -> dict[str, Any]:
+        row: dict[str, Any] = {"endpoint": str(endpoint), "source": endpoint.source, "priority": endpoint.priority,
+                               "tls": "", "certificate_end": "", "version": "", "latency_ms": None, "leader": None,
+                               "auth": "", "error": ""}
+        self._deadline = now() + self.answer_timeout
+        try:
+            connection = self._connect(endpoint, "connect")
+            row["tls"] = connection.tls_version() + " unverified" * (not self.tls.verify) or "none"
+            row["certificate_end"] = connection.certificate_end()
+            row["version"] = self._server_version(endpoint)
+            started = now()
+            self._server_version(endpoint)
+            row["latency_ms"] = round((now() - started) * 1000, 2)
+            row["leader"] = self._leads(endpoint)
+            row["auth"] = self._auth_state(endpoint)
+        except EtcdError as error:
+            row["error"] = error.text
+        self.close()
+        return row
+
+    def _server_version(self, endpoint: Endpoint) -> str:
+        answer = self._exchange(endpoint, "GET", "/version", {}, b"", MAX_HEAD, "ask for the version")
+        return str(self._object(answer, endpoint, "ask for the version").get("etcdserver", ""))
+
+    def _leads(self, endpoint: Endpoint) -> bool:
+        """Whether the member is the leader. EtcdUnreachable if it knows of none."""
+        request = "ask for the leader"
+        try:
+            data = self._post(endpoint, "/maintenance/status", {}, request)
+        except EtcdNoGateway:
+            answer = self._exchange(endpoint, "GET", "/v2/stats/self", {}, b"", MAX_HEAD, request)
+            return self._object(answer, endpoint, request).get("state") == "StateLeader"
+        header = data.get("header")
+        return isinstance(header, dict) and data.get("leader") == header.get("member_id")
+
+    def _auth_state(self, endpoint: Endpoint) -> str:
+        """What the server makes of our credentials: "off", "needed", or who we are. EtcdDenied if it refuses them."""
+        try:
+            if self.username:
+                self._log_in(endpoint)
+                return f"as {printable(self.username.text())}" if self._token else "off"
+            self._post(endpoint, "/kv/range", {"key": "AA==", "count_only": True}, "find out about authentication")
+        except EtcdDenied as error:
+            if self.username or "user name is empty" not in error.text:
+                raise
+            return "needed"
+        except EtcdNoGateway:
+            return ""  # the v2 API tells it only for each key
+        return "off"
+
     # -- one request to one endpoint
 
     def _exchange(self, endpoint: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes,
@@ -2275,12 +2356,13 @@ class Etcd:
                 self.close()
             return answer
 
-    def _connect(self, endpoint: Endpoint, request: str) -> Connection:
+    def _connect(self, endpoint: Endpoint, request: str, plain: bool = False) -> Connection:
         self.close()
         started = now()
         deadline = min(self._deadline, started + self.connect_timeout)
         try:
-            self._connection = Connection(endpoint, deadline, self.tls if endpoint.scheme == "https" else None)
+            tls = self.tls if endpoint.scheme == "https" and not plain else None
+            self._connection = Connection(endpoint, deadline, tls)
         except TimeoutError:
             text = f"no connection within {round(now() - started, 1):g} s"
             raise EtcdUnreachable(str(endpoint), request, text) from None
@@ -2292,8 +2374,11 @@ class Etcd:
         """The error for a connection that failed."""
         if endpoint.scheme == "https" and isinstance(error, ssl.SSLError):
             return EtcdTlsError(str(endpoint), request, tls_failure(error, endpoint.server_name))
-        kind = EtcdAnswerError if isinstance(error, ValueError) else EtcdUnreachable
-        hint = " (is it https?)" if endpoint.scheme == "http" and str(error).endswith("without an answer") else ""
+        if reason(error) == _TLS_CLOSED:
+            return EtcdTlsError(str(endpoint), request, _TLS_CLOSED)
+        unanswered = str(error).endswith("without an answer")
+        kind = EtcdAnswerError if isinstance(error, ValueError) and not unanswered else EtcdUnreachable
+        hint = " (is it https?)" if unanswered and endpoint.scheme == "http" else ""
         return kind(str(endpoint), request, reason(error) + hint)
 
     def _object(self, answer: Answer, endpoint: Endpoint, request: str) -> dict[str, Any]:
@@ -2308,6 +2393,82 @@ class Etcd:
 
     def _endpoint(self) -> str:
         return str(self._connection.endpoint if self._connection else self.endpoints[0])
+
+
+# ---- what is wrong with the way to etcd ---------------------------------------------------------------
+
+def examine(flags: Mapping[str, Any], keys: Iterable[str],
+            environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, bool, str]]:
+    """Walk the way to etcd: for each step its name, whether it is passable, and what was seen or what to do.
+
+    Ends with the first step that fails; a step fails when no endpoint is left that passes it.
+    """
+    try:
+        client = Etcd.from_settings(flags, environ)
+        if client.questions or any(endpoint.scheme == "https" for endpoint in client.endpoints):
+            client.tls.context()
+    except UsageError as error:
+        yield "environment", False, str(error)
+        return
+    asked = ", ".join(f"SRV {question}" for question, _ in client.questions)
+    source = asked or f"{client.endpoints[0].source}: {', '.join(map(str, client.endpoints))}"
+    yield "environment", True, f"{source}; {'with' if client.username else 'without'} a user"
+    if client.questions or not all(is_address(endpoint.host) for endpoint in client.endpoints):
+        config = load_dns_config(environ=environ)
+        search = f"; search {' '.join(config.search)}" if config.search else ""
+        yield "resolv.conf", True, f"nameservers {', '.join(map(_server_text, config.servers))}{search}"
+    if client.questions:
+        try:
+            client._look_up("find etcd")
+        except EtcdError as error:
+            yield "SRV", False, error.text
+            return
+        yield "SRV", True, ", ".join(f"{endpoint} (priority {endpoint.priority})" for endpoint in client.endpoints)
+    passable = list(client.endpoints)
+
+    def connect(endpoint: Endpoint) -> str:
+        client._connect(endpoint, "connect", plain=True)
+        return "connected"
+
+    def handshake(endpoint: Endpoint) -> str:
+        if endpoint.scheme == "http":
+            return "none, as it is http"
+        connection = client._connect(endpoint, "connect")
+        verified = f"for {endpoint.server_name}, valid until {connection.certificate_end()}"
+        return f"{connection.tls_version()}, certificate {verified if client.tls.verify else 'not verified'}"
+
+    def ask_version(endpoint: Endpoint) -> str:
+        client.close()  # what connect() left behind speaks no TLS
+        return f"{client._server_version(endpoint)}, {'leader' if client._leads(endpoint) else 'follower'}"
+
+    def log_in(endpoint: Endpoint) -> str:
+        state = client._auth_state(endpoint)
+        if state == "needed":
+            raise EtcdDenied(str(endpoint), "log in", "it wants a user (set ETCD_USERNAME and ETCD_PASSWORD)")
+        return state or "told by the v2 API only for each key"
+
+    for step, look in (("connect", connect), ("TLS", handshake), ("etcd", ask_version), ("authentication", log_in)):
+        told: list[str] = []
+        for endpoint in list(passable):
+            client._deadline = now() + client.answer_timeout
+            try:
+                told.append(f"{endpoint}: {look(endpoint)}")
+            except EtcdError as error:
+                passable.remove(endpoint)
+                told.append(f"{endpoint}: {error.text}")
+        yield step, bool(passable), "; ".join(told)
+        if not passable:
+            return
+    try:
+        asked_keys = list(keys)
+        revision, pairs = client.read(asked_keys)
+        found = f"{len(pairs)} keys at revision {revision}, by API v{client.api}"
+        yield "read", bool(pairs), found if pairs else (
+            f"there is no key at or below {', '.join(asked_keys)} in API v{client.api} (check ETCD_PREFIX, and that the"
+            " keys were written by the same API)")
+    except EtcdError as error:
+        yield "read", False, str(error)
+    client.close()
 
 
 # ---- watch streams ------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def impatient(*urls: str, api: str = "3") -> Etcd:
 
 @pytest.mark.parametrize("api", ["2", "3"])
 @pytest.mark.parametrize("fault, kind, message", [
-    ("close", EtcdAnswerError, r"the connection was closed without an answer \(is it https\?\)"),
+    ("close", EtcdUnreachable, r"the connection was closed without an answer \(is it https\?\)"),
     ("reset", EtcdUnreachable, "connection reset by peer"),
     ("stall", EtcdUnreachable, r"no answer within 0\.\d s"),
     ("half", EtcdAnswerError, "the connection was closed in the middle of the answer"),
