@@ -7747,7 +7747,8 @@ class Command:
         actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                    (os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_DUP2, write, 2)]
         try:
-            self._pid = os.posix_spawn("/bin/sh", ["/bin/sh", "-c", self.text], os.environ, file_actions=actions,
+            self._pid = os.posix_spawn("/bin/sh", ["/bin/sh", "-c", self.text], public_environment(),
+                                       file_actions=actions,
                                        setpgroup=0, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ))
         except (OSError, ValueError) as error:
             self.failure = f"cannot run /bin/sh: {reason(error)}"
@@ -9689,7 +9690,7 @@ def _source(flags: Mapping[str, Any]) -> Any:
     """Where keys come from: the file of --keys, else etcd."""
     if flags.get("keys"):
         return KeyFile(flags["keys"])
-    return Etcd(setting("node", flags), api=setting("api", flags))
+    return Etcd.from_settings(flags)
 
 
 def _as_confd(flags: Mapping[str, Any]) -> bool:
