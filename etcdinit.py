@@ -202,7 +202,7 @@ def printable(text: str) -> str:
     """The text on one line: control characters become Go-style escapes, so no input can forge a log line."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() if ord(c) < 0xD800
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] if ord(c) < 0xD800
                    or ord(c) > 0xDFFF else f"\\x{ord(c) & 0xFF:02x}" for c in text)
 
 

@@ -35,7 +35,7 @@ def image(program: list[str], tmp_path: Path) -> Image:
 
 def test_the_version(program: list[str]) -> None:
     ran = run([*program, "--version"])
-    assert (ran.code, ran.out, ran.err) == (0, f"etcdinit {etcdinit.__version__}\n", "")
+    assert (ran.code, ran.out.splitlines()[0], ran.err) == (0, f"etcdinit {etcdinit.__version__}", "")
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])
@@ -254,15 +254,13 @@ def test_no_etcd_is_exit_code_3(image: Image, tmp_path: Path, verb: list[str]) -
 def on_a_terminal(argv: list[str], env: dict[str, str]) -> str:
     """What a program writes to a terminal as its standard output."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.DEVNULL,
-                          env={"PATH": os.environ["PATH"], **env}):
-        os.close(theirs)
-        text = b""
-        try:
-            while data := os.read(ours, 65536):
-                text += data
-        except OSError:
-            pass  # the other side is closed
+    subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.DEVNULL,
+                   env={"PATH": os.environ["PATH"], **env})
+    os.write(theirs, b"(end)")  # what a closed terminal still holds can be lost
+    text = b""
+    while b"(end)" not in text:
+        text += os.read(ours, 65536)
+    os.close(theirs)
     os.close(ours)
     return text.decode()
 

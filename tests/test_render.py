@@ -630,7 +630,7 @@ def test_links_that_go_round_are_told(image: Image) -> None:
     image.resource("a", "new")
     ran = image.run()
     assert ran.code == 1
-    assert f"cannot render {image.out}/a: too many levels of symbolic links" in ran.err
+    assert re.search(f"cannot render {image.out}/a: (too many levels of symbolic links|symbolic link loop) ", ran.err)
 
 
 @pytest.mark.parametrize("dest, found", [
@@ -666,7 +666,7 @@ def test_root_puts_destinations_below_a_directory(image: Image) -> None:
     ("dir", {}, "is a directory"), ("fifo", {}, "is not a regular file"),
     ("no/where/x", {}, "directory {out}/no/where does not exist (make_dirs = true makes it)"),
     ("file/x", {}, "directory {out}/file does not exist"), ("file/x", {"make_dirs": True}, "not a directory"),
-    ("x" * 256, {}, "file name too long"),
+    ("x" * 256, {}, "file ?name too long"),  # glibc's and musl's words
 ])
 def test_a_destination_that_cannot_be_written(image: Image, dest: str, keys: dict[str, object], message: str) -> None:
     (image.out / "dir").mkdir()
@@ -676,7 +676,8 @@ def test_a_destination_that_cannot_be_written(image: Image, dest: str, keys: dic
     image.resource("a", "new", dest=str(image.out / dest), **keys)
     ran = image.run()
     assert ran.code == 1
-    assert f"cannot render {image.out / dest}: {message.format(out=image.out)}" in ran.err
+    words = re.escape(message.format(out=image.out)).replace(re.escape(" ?"), " ?")
+    assert re.search(f"cannot render {image.out / dest}: {words}", ran.err)
     assert sorted(image.out.rglob("*")) == before
 
 
