@@ -122,6 +122,8 @@ SERVERS = (  # Debian package, a program of it, what the tests do with it
     ("execline", "execlineb", "run scripts of s6 images"),
     ("iproute2", "ip", "networks between test hosts"),
     ("openssl", "openssl", "certificates for TLS tests"),
+    ("procps", "ps", "what commands leave behind"),
+    ("patch", "patch", "applies what --diff prints"),
 )
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts a daemon
 SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))

@@ -60,9 +60,7 @@ def upward_calls(text: str) -> list[str]:
     complaints = []
     for node in tree.body:
         here = room_index(node.lineno, found)
-        piece = "from __future__ import annotations\n" + (ast.get_source_segment(text, node) or "")
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            piece = "from __future__ import annotations\n" + ast.unparse(node)  # with its decorators
+        piece = "from __future__ import annotations\n" + ast.unparse(node)
         for name in sorted(globals_of(symtable.symtable(piece, "etcdinit.py", "exec"))):
             if home.get(name, 0) > here:
                 complaints.append(f"{node.lineno}: {found[here][1]} uses {name} of {found[home[name]][1]}")
