@@ -1924,6 +1924,7 @@ class Etcd:
             raise UsageError("nothing tells where etcd is: set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or"
                              " --node (example: ETCD_ENDPOINTS=https://etcd1.example.org:2379)")
         plain = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "http"]
+        plain += [question for question, scheme_there in questions if scheme_there == "http"]
         if password and plain and scheme != "http":
             raise UsageError(f"the password is not sent over plain http to {plain[0]}:"
                              " use https, or say ETCD_SCHEME=http")
