@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.go import GoTemplates
 
 from etcdinit import Error, KeyTree, bytewise, clean_key, keys_from_file
 
@@ -213,6 +215,23 @@ def test_any_text_is_a_pattern_or_a_plain_error(pattern: str) -> None:
         KeyTree({"/a/b": "", "/ab": ""}).glob("/" + pattern)
     except ValueError as error:
         assert str(error) == "syntax error in pattern"
+
+
+def test_patterns_agree_with_real_go(go: GoTemplates) -> None:
+    choose = random.Random(7).choice
+    pieces = ["/", "/", "a", "b", "ab", "*", "*", "?", "[a-b]", "[^a]", "[/]", "[^b-z]", "[a", "]", "\\*", "\\", "[b-a]",
+              "-", "é", "[é-ü]", "**"]
+    names = ["a", "b", "ab", "a-", "*", "é", "aab", "]", "[a"]
+    for _ in range(1500):
+        store = {"/" + "/".join(choose(names) for _ in range(choose([1, 2, 2, 3]))): "" for _ in range(8)}
+        pattern = choose(["/", "/", "/", ""]) + "".join(choose(pieces) for _ in range(choose([1, 3, 5, 7])))
+        theirs = go.ask("{{range gets .}}{{.Key}}\n{{end}}", pattern, kv=store)
+        try:
+            ours = "".join(f"{key}\n" for key, _ in KeyTree(store).glob(pattern))
+        except ValueError as error:
+            assert theirs["error"].endswith(f"error calling gets: {error}"), (pattern, theirs)
+        else:
+            assert theirs["output"] == ours and not theirs["error"], (pattern, sorted(store), theirs)
 
 
 # ---- size ---------------------------------------------------------------------------------------------
