@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # the typing module itself is never loaded; mypy knows this name
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, NoReturn
 
 
@@ -48,6 +48,7 @@ class Lazy:
 LAZY_MODULES = {  # name in this file: module
     "ast": "_ast",  # the node classes alone; the ast module around them costs an enum import
     "binascii": "binascii",
+    "ctypes": "ctypes",
     "datetime": "datetime",
     "difflib": "difflib",
     "fcntl": "fcntl",
@@ -57,6 +58,7 @@ LAZY_MODULES = {  # name in this file: module
     "heapq": "_heapq",  # heapq without its Python half
     "json": "json",
     "json_c": "_json",  # the quoting of strings alone: json itself loads re
+    "marshal": "marshal",
     "md5": "_md5",  # hashlib would load OpenSSL, several MB
     "pwd": "pwd",
     "re": "re",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     import _socket as socket
     import _ssl as ssl
     import binascii
+    import ctypes
     import datetime
     import difflib
     import fcntl
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     import hashlib
     import heapq
     import json
+    import marshal
     import pwd
     import re
     import resource
@@ -243,8 +247,8 @@ class Log:
         level = _LOG_LEVEL_NAMES.get(level.lower(), level.lower())
         if level not in LOG_LEVELS:
             raise UsageError(f'not a valid log level: "{level}" (one of {", ".join(LOG_LEVELS)})')
-        if format not in ("text", "json"):
-            raise UsageError(f'not a valid log format: "{format}" (text or json)')
+        if format not in ("text", "json", "prefix", "raw"):  # the last two are about lines of services alone
+            raise UsageError(f'not a valid log format: "{format}" (text, json, prefix or raw)')
         self.threshold, self.format = LOG_LEVELS[level], format
 
     def line(self, level: str, message: str, fields: Mapping[str, object]) -> str:
@@ -326,7 +330,12 @@ SETTINGS = {row.name: row for row in (
     Setting("keep-secrets", "ETCDINIT_KEEP_SECRETS", "flag", False, "leave secrets in the environment of services"),
     Setting("interval", "ETCDINIT_INTERVAL", "duration", 600.0, "time between two full passes"),
     Setting("log-level", "ETCDINIT_LOG_LEVEL", "text", "info", "debug, info, warning, error or fatal"),
-    Setting("log-format", "ETCDINIT_LOG_FORMAT", "text", "text", "text or json"),
+    Setting("log-format", "ETCDINIT_LOG_FORMAT", "text", "text", "text or json; for services also prefix or raw"),
+    Setting("services", "ETCDINIT_SERVICES", "text", "/etc/services.d", "directory with a directory for each service"),
+    Setting("run", "ETCDINIT_RUN", "text", "/run/service", "directory for the state of services; it must be writable"),
+    Setting("grace", "ETCDINIT_GRACE", "duration", 8.0, "time that a shutdown may take before all is killed"),
+    Setting("signals", "ETCDINIT_SIGNALS", "list", (),
+            "what a signal to init does: stop, rescan, ignore, forward, or the signal that CMD gets; repeatable"),
 )}
 
 
@@ -8449,6 +8458,19 @@ class Output:
         return (lines if lines[-1] else lines[:-1])[-TAIL_LINES:]
 
 
+def nonblocking_twin(fd: int) -> int:
+    """Another descriptor of the same pipe or terminal that never blocks; the same one where that cannot be had.
+
+    O_NONBLOCK on fd itself would reach everybody who shares it.
+    """
+    try:
+        if os.fstat(fd).st_mode & 0o170000 in (0o010000, 0o020000):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        pass
+    return fd
+
+
 class Outlet:
     """The container's standard output. Writing never blocks: what it does not take now waits here in order.
 
@@ -8459,7 +8481,7 @@ class Outlet:
     __slots__ = ("fd", "waiting")
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self.fd = nonblocking_twin(fd)
         self.waiting = bytearray()
 
     @property
@@ -8770,6 +8792,7 @@ def _finish_rows(state: str, next_state: str) -> dict[str, Row]:
     return {
         "started": (state, ("arm_finish", "tell"), b"d"),
         "failed": (next_state, ("rest", "tell"), b"dD"),
+        "given-up": (next_state, ("want_down", "rest", "tell"), b"dOD"),  # as failed and then fatal
         "timeout": (state, ("kill_finish",), b""),
         "death": (next_state, ("rest", "tell"), b"D"),
         "fatal": (next_state, ("want_down", "rest", "tell"), b"OD"),
@@ -8778,6 +8801,7 @@ def _finish_rows(state: str, next_state: str) -> dict[str, Row]:
     }
 
 
+# `=` is ours: every release of s6 passes over it
 TABLE: dict[str, dict[str, Row]] = {
     DOWN: {
         "timeout": (DOWN, ("start_if_wanted",), b""),
@@ -8806,6 +8830,8 @@ TABLE: dict[str, dict[str, Row]] = {
     LAST_FINISH: _finish_rows(LAST_FINISH, GONE),
     GONE: {"timeout": (GONE, ("return_to_duty",), b"")},
 }
+for _state in (DOWN, UP, FINISH, LAST_UP, LAST_FINISH):
+    TABLE[_state]["="] = (_state, ("write_output",), b"")
 
 
 # ---- the definition of a service -----------------------------------------------------------------------
@@ -8867,9 +8893,10 @@ def spawn(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: 
           **asked: Any) -> int:
     """Start a program in a process of its own and return its pid; OSError says why it could not be executed.
 
-    argv[0] is the path. fds: number in the child -> descriptor here; 0, 1 and 2 must be among them. The child
-    has these alone, no signal blocked or ignored, and its own session. asked: terminal (a descriptor of the
-    terminal that it shall own), lock (path, number in the child), user, group, limits ({name: (soft, hard)}).
+    fds: number in the child -> descriptor here; 0, 1 and 2 must be among them. The child has these alone, no
+    signal blocked or ignored, and its own session. asked: path (of the program, else argv[0]), terminal (a
+    descriptor of the terminal that it shall own), lock (path, number in the child), user, group, limits ({name:
+    (soft, hard)}).
     """
     report, told = os.pipe()
     everything = signal.valid_signals()
@@ -8930,7 +8957,7 @@ def _become(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds
     if lock:
         _take_lock(*lock)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.execve(argv[0], list(argv), dict(environ))
+    os.execve(asked.get("path", argv[0]), list(argv), dict(environ))
 
 
 def _take_terminal(fd: int) -> None:
@@ -8990,8 +9017,143 @@ def _has_uid(uid: int) -> bool:
     return True
 
 
+# ---- service.toml: what s6 has no file for ---------------------------------------------------------------
+
+POLICY = {  # key: kind, default, help
+    "after": ("names", [], "start when these services are ready (oneshots: done); stop before them"),
+    "backoff": ("duration", 0.0, "restart after 1s, then twice as long each time up to this; 0: as s6 does"),
+    "give_up": ("rate", [0, 0.0], '"5/1m": after 5 deaths within a minute stay down'),
+    "essential": ("yes/no", False, "its end ends the container, with its exit code"),
+    "oneshot": ("yes/no", False, "runs once; it is done when it ended with exit code 0"),
+    "user": ("text", "", "run as this user (name or number) and its groups"),
+    "group": ("text", "", "run as this group (name or number)"),
+    "env": ("texts", {}, "more environment variables"),
+    "secrets": ("yes/no", False, "keep ETCD_PASSWORD and ETCD_KEY in its environment; the service confd has them"),
+    "cwd": ("text", "", "working directory of run; else the service directory"),
+    "limits": ("limits", {}, '{nofile = 4096, core = 0, ...}: resource limits; "unlimited" and "SOFT:HARD" too'),
+    "health": ("health", {}, "{command = [...], interval = 10s, timeout = 5s, failures = 3}: else it is restarted"),
+    "stop_delay": ("duration", 0.0, "at a shutdown wait so long before the stop signal"),
+}
+BACKOFF_FIRST = 1.0  # seconds
+HEALTHY = 10.0  # seconds up after which the next death counts as the first again
+HEALTH_DEFAULTS = {"interval": 10.0, "timeout": 5.0, "failures": 3}
+LIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "nofile", "nproc", "rss", "stack")
+
+
+def check_policy(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy that a parsed service.toml stands for, plain values only; ValueError says what is wrong in it."""
+    policy = {key: default for key, (_, default, _) in POLICY.items()}
+    for key, value in table.items():
+        if key not in POLICY:
+            raise ValueError(f"there is no key {key} (known: {', '.join(POLICY)})")
+        try:
+            policy[key] = _POLICY_KINDS[POLICY[key][0]](value)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{key}: {error}") from None
+    return policy
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false is needed")
+    return value
+
+
+def _toml_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or "\0" in str(value):
+        raise ValueError("a text is needed")
+    return str(value)
+
+
+def _toml_texts(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError("a list of texts is needed")
+    return [_toml_text(item) for item in value]
+
+
+def _rate(value: Any) -> list[float]:
+    count, slash, within = _toml_text(value).partition("/")
+    if not slash or not count.isdigit() or not int(count):
+        raise ValueError(f'"{value}" is not a number of deaths and a time (example: 5/1m)')
+    return [int(count), duration(within)]
+
+
+def _limits(value: Any) -> dict[str, list[int]]:
+    limits = {}
+    for name, pair in dict(value).items():
+        if name not in LIMITS:
+            raise ValueError(f"there is no limit {name} (known: {', '.join(LIMITS)})")
+        soft, _, hard = str(pair).partition(":")
+        limits[name] = [-1 if part == "unlimited" else int(part) for part in (soft, hard or soft)]
+    return limits
+
+
+def _health(value: Any) -> dict[str, Any]:
+    table = dict(value)
+    unknown = set(table) - {"command", *HEALTH_DEFAULTS}
+    if unknown or not table.get("command"):
+        raise ValueError(f"there is no key {min(unknown)}" if unknown else "a command is needed")
+    command = table["command"]
+    failures = table.get("failures", HEALTH_DEFAULTS["failures"])
+    if isinstance(failures, bool) or not isinstance(failures, int) or failures < 1:
+        raise ValueError("failures: a number from 1 on is needed")
+    return {"command": ["/bin/sh", "-c", command] if isinstance(command, str) else _toml_texts(command),
+            "interval": max(0.1, duration(table.get("interval", HEALTH_DEFAULTS["interval"]))),
+            "timeout": duration(table.get("timeout", HEALTH_DEFAULTS["timeout"])), "failures": failures}
+
+
+_POLICY_KINDS: dict[str, Callable[[Any], Any]] = {
+    "names": _toml_texts, "duration": duration, "rate": _rate, "yes/no": _truth, "text": _toml_text, "limits": _limits,
+    "texts": lambda value: {name: _toml_text(text) for name, text in dict(value).items()}, "health": _health}
+NO_POLICY = check_policy({})
+
+
+def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
+    """What the service.toml files at these paths say, or in words why they cannot be used, by the same names.
+
+    A child reads them: tomllib and what it loads would stay in the memory of PID 1.
+    """
+    answer, told = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                data = marshal.dumps({name: _load_policy(path) for name, path in paths.items()})
+                while data:
+                    data = data[os.write(told, data):]
+            finally:
+                os._exit(0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.close(told)
+    data, deadline = b"", now() + 10.0
+    while readable(answer, max(0.0, deadline - now())):
+        more = os.read(answer, 65536)
+        if not more:
+            break
+        data += more
+    os.close(answer)
+    os.kill(pid, SIGNALS["KILL"])
+    os.waitpid(pid, 0)
+    try:
+        policies: dict[str, dict[str, Any] | str] = marshal.loads(data)
+    except (EOFError, ValueError, TypeError):
+        return dict.fromkeys(paths, "the process that reads it failed")
+    return policies
+
+
+def _load_policy(path: str) -> dict[str, Any] | str:
+    try:
+        text = (read_small(path, 1 << 20) or b"").decode()
+        return check_policy(tomllib.loads(text))
+    except (OSError, ValueError, RecursionError) as error:
+        return reason(error)
+
+
 # ---- services ------------------------------------------------------------------------------------------
 
+DESCRIPTORS_FREE = 24  # as many are kept for what comes and goes: starts, status files, events
 SUPERVISE_AGAIN = 10.0  # seconds until a service directory that could not be taken into supervision is tried again
 
 
@@ -9023,12 +9185,13 @@ class Service:
 
     __slots__ = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
                  "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
-                 "pipe", "output", "output_fds", "note", "vanished", "asked")
+                 "pipe", "output", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since",
+                 "check_failures")
 
     # what another process image needs to go on with it; the rest is made anew
     SAVED = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
              "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
-             "pipe", "output_fds", "note", "vanished", "asked")
+             "pipe", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since", "check_failures")
 
     def __init__(self, name: str, directory: str, definition: str) -> None:
         self.name = name  # NAME or NAME/log
@@ -9047,12 +9210,42 @@ class Service:
         self.note: dict[str, str] = {}  # what the status record has no place for, in supervise/note
         self.vanished = False  # its definition is gone: it is to be forgotten once it is down
         self.asked = False  # told to stop for good, in a shutdown
+        self.policy: dict[str, Any] = NO_POLICY
+        self.deaths: list[float] = []  # of late, for backoff and give_up
+        self.up_since = 0.0
+        self.check_failures = 0  # health checks that failed in a row
 
     @property
     def flags(self) -> int:
         """The flags of the status record."""
         return (PAUSED * self.paused | FINISHING * (self.state in (FINISH, LAST_FINISH)) | WANTUP * self.wantup
                 | READY * self.ready)
+
+
+def oom_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory so far (cgroup v2 or v1)."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            lines = (read_small(path) or b"").decode("ascii", "replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name, _, count = line.partition(" ")
+            if name == "oom_kill" and count.isdigit():
+                return int(count)
+    return 0
+
+
+def find_program(name: str, environ: Mapping[str, str]) -> str:
+    """The path of a program as execvp finds it; the name itself if it is not found."""
+    if "/" not in name:
+        for directory in environ.get("PATH", DEFAULT_PATH).split(":"):
+            if os.access(f"{directory or '.'}/{name}", os.X_OK) and not os.path.isdir(f"{directory or '.'}/{name}"):
+                return f"{directory or '.'}/{name}"
+    return name
+
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _no_action(number: int, frame: object) -> None:
@@ -9066,16 +9259,22 @@ class Supervisor:
         """services: directory of the definitions; run: of the live directories; style: see OUTPUT_STYLES, or raw."""
         self.services_directory, self.run_directory, self.style = services, run, style
         self.services: dict[str, Service] = {}
+        self.policies: dict[str, tuple[object, dict[str, Any]]] = {}  # name: stamp of the file it was read from, policy
+        self.left = 0  # how many services were left so far
+        self.oom_kills = oom_kills()
         self.children: dict[int, Callable[[int], object]] = {}  # pid: what to do with its waitpid status
         self.watched: dict[int, tuple[Callable[[Any], object], Any]] = {}  # descriptor: what to do when it is readable
         self.timers: list[tuple[float, int, Callable[[Any], object], Any]] = []  # a heap
         self.timer_count = 0
         self.signals: list[int] = []
         self.troubles: dict[str, float] = {}  # what was complained of, and when
-        self.environ = dict(os.environ)
+        self.environ = {name: value for name, value in os.environ.items() if name != STATE_VARIABLE}
+        self.public_environ = public_environment(self.environ)
+        self.child_limits: dict[str, list[int]] = {}  # what children get back of what we changed for ourselves
+        self.checks: dict[int, Service] = {}  # pid of a running health check
         self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self.outlet = Outlet(1)
-        self.outlet_waits = False
+        self.outlet_watched = False
         self.epoll = select.epoll()
         self.wake, self.wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.watch(self.wake, self.read_signals, None)
@@ -9151,14 +9350,14 @@ class Supervisor:
             _, _, action_of, argument = heapq.heappop(self.timers)
             action_of(argument)
 
-    def trouble(self, what: str, error: BaseException | str) -> None:
+    def trouble(self, what: str, error: BaseException | str, level: str = "error") -> None:
         """Log what does not work, but the same thing only once a minute."""
         message = f"{what}: {reason(error) if isinstance(error, BaseException) else error}"
         if self.troubles.get(message, -60.0) <= now() - 60.0:
             if len(self.troubles) > 1000:
                 self.troubles.clear()
             self.troubles[message] = now()
-            log.error(message)
+            log(level, message)
 
     # -- becoming and ceasing to be the supervisor of a service
 
@@ -9179,12 +9378,22 @@ class Supervisor:
             if not _is_fifo(service.control):
                 raise Error(f"{supervise}/control is not a FIFO")
             os.close(os.open(f"{supervise}/death_tally", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+            if not service.output_fds and self.style in OUTPUT_STYLES and (
+                    not service.pipe or service.name.endswith("/log")):
+                service.output, service.output_fds = Output(service.name, self.style), os.pipe()
+                os.set_blocking(service.output_fds[0], False)
+                self.watch(service.output_fds[0], self.read_output, service)
+            if service.control + DESCRIPTORS_FREE >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # the others must still be able to start
             self.watch(service.control, self.read_control, service)
         except (OSError, Error) as error:
             self.trouble(f"cannot supervise {service.name}", error)
             for fd in (service.lock, service.control):
                 if fd >= 0:
                     os.close(fd)
+            for fd in service.output_fds or ():
+                self.unwatch(fd)
+            service.output_fds = None
             service.lock = service.control = -1
             self.arm(service, now() + SUPERVISE_AGAIN)
             return False
@@ -9205,7 +9414,12 @@ class Supervisor:
         os.close(service.lock)
         service.control = service.lock = -1
         service.deadline = None
-        if not service.asked and not service.vanished:
+        self.left += 1
+        if service.asked or service.vanished:
+            self.dismiss_logger(service)
+        if service.vanished:
+            self.forget(service)
+        elif not service.asked:
             self.arm(service, now() + 1.0)  # s6-svscan gives a service another s6-supervise after a second
 
     def return_to_duty(self, service: Service) -> None:
@@ -9275,6 +9489,7 @@ class Supervisor:
 
     def want_up(self, service: Service) -> None:
         service.wantup = True
+        self.remark(service, given_up="")
 
     def want_down(self, service: Service) -> None:
         service.wantup = False
@@ -9326,27 +9541,59 @@ class Supervisor:
         self.arm(service, now() + KILL_AGAIN)
 
     def start_if_wanted(self, service: Service) -> None:
-        if service.wantup:
+        if not service.wantup:
+            return
+        waits_for = [name for name in service.policy["after"] if not self.satisfied(name)]
+        self.remark(service, waits=" ".join(waits_for))
+        for name in waits_for:
+            if name not in self.services:
+                self.trouble(f"{service.name} waits for {name}", "there is no such service", "warning")
+        if not waits_for:
             self.start(service)
+
+    def satisfied(self, name: str) -> bool:
+        """Whether those who come after this service can start."""
+        service = self.services.get(name)
+        if not service:
+            return False
+        if service.policy["oneshot"]:
+            return service.note.get("done") == "yes"
+        if service.state != UP:
+            return False
+        return service.ready or not os.path.exists(f"{service.directory}/notification-fd")
+
+    def changed(self, service: Service) -> None:
+        """An event of a service: those that wait for it may start now."""
+        for other in list(self.services.values()):
+            if service.name in other.policy["after"] and other.state == DOWN and "waits" in other.note:
+                self.start_if_wanted(other)
 
     def start(self, service: Service) -> None:
         """Execute run; gives "started" or "failed"."""
         ready_pipe: tuple[int, int] | None = None
+        policy = service.policy
         try:
+            if "broken" in policy:
+                raise Error(policy["broken"])
             self.refresh(service)
             fds = self.standard_fds(service)
             number = read_number(service.directory, "notification-fd", 0, 2**20)
             if number:
                 ready_pipe = os.pipe()
                 fds[number] = ready_pipe[1]
+            if os.path.exists(f"{service.directory}/flag-newpidns"):
+                raise Error("flag-newpidns is not supported; remove it, or use a container for this service")
             lock = read_number(service.directory, "lock-fd", 0, 2**20)
-            service.pid = spawn(["./run", service.name], service.directory, self.environ, fds,
-                                lock=(f"{service.directory}/supervise/service-lock", lock) if lock else None)
-        except OSError as error:
+            service.pid = spawn(
+                ["./run", service.name], policy["cwd"] or service.directory, self.environ_of(service), fds,
+                lock=(f"{service.directory}/supervise/service-lock", lock) if lock else None,
+                path=f"{service.directory}/run" if policy["cwd"] else "./run",
+                user=policy["user"], group=policy["group"], limits={**self.child_limits, **policy["limits"]})
+        except (OSError, Error) as error:
             if ready_pipe:
                 os.close(ready_pipe[0])
-            hint = " (it has no #! line)" if error.errno == errno.ENOEXEC else ""
-            self.trouble(f"cannot start {service.name}", f"{error.filename or 'run'}: {reason(error)}{hint}")
+            hint = " (it has no #! line)" if isinstance(error, OSError) and error.errno == errno.ENOEXEC else ""
+            self.trouble(f"cannot start {service.name}", f"{reason(error)}{hint}")
             self.remark(service, problem=f"cannot start: {reason(error)}{hint}")
             self.step(service, "failed")
             return
@@ -9357,24 +9604,35 @@ class Supervisor:
             os.set_blocking(ready_pipe[0], False)
             service.notification = ready_pipe[0]
             self.watch(service.notification, self.read_notification, service)
-        self.children[service.pid] = lambda wstat: self.died(service, wstat)
-        self.remark(service, problem="")
+        self.await_death(service)
+        self.remark(service, problem="", waits="", done="")
         self.step(service, "started")
+        if policy["health"]:
+            service.check_failures = 0
+            self.at(now() + policy["health"]["interval"], self.check_health, (service, service.pid))
+
+    def environ_of(self, service: Service) -> dict[str, str]:
+        """The environment of a service: the container's; its secrets only for those that reach etcd with them."""
+        secrets = service.policy["secrets"] or service.name == "confd"
+        return {**(self.environ if secrets else self.public_environ), **service.policy["env"]}
 
     def standard_fds(self, service: Service) -> dict[int, int]:
         """Which descriptors of ours are 0, 1 and 2 of a service."""
-        if service.pipe and service.name.endswith("/log"):
-            return {0: service.pipe[0], 1: 1, 2: 2}
+        source = self.null
+        if service.pipe and not service.name.endswith("/log"):
+            return {0: source, 1: service.pipe[1], 2: service.pipe[1]}
         if service.pipe:
-            return {0: self.null, 1: service.pipe[1], 2: service.pipe[1]}
-        return {0: self.null, 1: 1, 2: 2}
+            source = service.pipe[0]
+        if not service.output_fds:
+            return {0: source, 1: 1, 2: 2}
+        return {0: source, 1: service.output_fds[1], 2: service.output_fds[1]}
 
     def start_later(self, service: Service) -> None:
         self.arm(service, now() + FAILED_START_PAUSE)
 
     def set_up(self, service: Service) -> None:
         service.stamp, service.ready, service.paused, service.deadline = time.time_ns(), False, False, None
-        service.pgid = service.pid
+        service.pgid, service.up_since = service.pid, now()
 
     def set_ready(self, service: Service) -> None:
         service.ready_stamp, service.ready, service.ready_since = time.time_ns(), True, now()
@@ -9396,19 +9654,27 @@ class Supervisor:
             self.unwatch(service.notification)
             service.notification = -1
 
+    def await_death(self, service: Service) -> None:
+        """Have died() called with the end of its process."""
+        self.children[service.pid] = lambda wstat: self.died(service, wstat)
+
     def died(self, service: Service, wstat: int) -> None:
         """The process of a service is dead: run or finish."""
         if service.state in (FINISH, LAST_FINISH):
-            self.step(service, "fatal" if wstat == 125 << 8 else "death")
+            given_up = wstat == 125 << 8 or "given_up" in service.note
+            self.step(service, "fatal" if given_up else "death")
             return
         if service.notification >= 0:
             self.read_notification(service)  # what it said before it died comes first
+        if service.output_fds:
+            self.read_output(service)
         service.wstat = wstat
         self.step(service, "death")
 
     def bury(self, service: Service) -> None:
         """Note the death of run. A service that was ready for a second starts again at once, others wait one."""
         service.next_start = service.ready_since + RESTART_PAUSE if service.ready else 0.0
+        self.report_death(service)
         service.stamp, service.ready, service.paused, service.deadline = time.time_ns(), False, False, None
         self.close_notification(service)
         size = read_number(service.directory, "max-death-tally", DEATH_TALLY, DEATH_TALLY_MAX) * 14
@@ -9426,23 +9692,1029 @@ class Supervisor:
         argv = ["./finish", "256" if signalled else str(service.wstat >> 8), str(signalled), service.name,
                 str(service.pgid)]
         service.pid = 0
+        try:
+            self.refresh(service)
+        except OSError as error:
+            self.trouble(f"cannot link the definition of {service.name}", error)
         if os.access(f"{service.directory}/finish", os.F_OK):
             try:
-                service.pid = spawn(argv, service.directory, self.environ, self.standard_fds(service))
+                service.pid = spawn(argv, service.directory, self.environ_of(service), self.standard_fds(service),
+                                    limits=self.child_limits)
             except OSError as error:
                 self.trouble(f"cannot run finish of {service.name}", error)
         if service.pid:
-            self.children[service.pid] = lambda wstat: self.died(service, wstat)
-        self.step(service, "started" if service.pid else "failed")
+            self.await_death(service)
+        self.step(service, "started" if service.pid else "given-up" if "given_up" in service.note else "failed")
 
     def rest(self, service: Service) -> None:
         """The service is down and can be started again."""
         service.pid = service.pgid = 0
         service.ready, service.ready_stamp = True, time.time_ns()
         self.arm(service, max(now(), service.next_start) if service.next_start else now() + RESTART_PAUSE)
+        if service.wantup and service.deadline:
+            self.remark(service, next=f"{time.time() + service.deadline - now():.3f}")
 
-    def changed(self, service: Service) -> None:
-        """Something happened to a service that others may wait for."""
+    # -- what service.toml adds
+
+    def report_death(self, service: Service) -> None:
+        """Tell of an end that nobody asked for, and decide what comes of it."""
+        policy, wstat = service.policy, service.wstat
+        killed_for_memory = False
+        if wstat & 0x7F == SIGNALS["KILL"]:
+            kills = oom_kills()
+            killed_for_memory, self.oom_kills = kills > self.oom_kills, kills
+        how = ending(wstat) + (" (killed by the kernel: out of memory)" if killed_for_memory else "")
+        self.remark(service, ended=how, oom="yes" if killed_for_memory else "")
+        if service.state == LAST_FINISH or (not service.wantup and not policy["oneshot"]):
+            return  # somebody asked for it
+        if policy["oneshot"]:
+            service.wantup = False
+            self.remark(service, done="yes" if not wstat else "")
+        if not (policy["oneshot"] and not wstat):
+            self.write_output(service)
+            self.trouble(f"{service.name} ended", how, "warning")
+            if policy["essential"]:
+                self.end(f"essential service {service.name} ended: {how}", exit_code(wstat))
+        if policy["backoff"] or policy["give_up"][0]:
+            if now() - service.up_since >= HEALTHY:
+                service.deaths.clear()
+            service.deaths = [*service.deaths[-100:], now()]
+            recent = [death for death in service.deaths if death > now() - policy["give_up"][1]]
+            if policy["give_up"][0] and len(recent) >= policy["give_up"][0]:
+                service.deaths.clear()
+                self.remark(service, given_up="yes")
+                log.error(f"gave up {service.name}: {len(recent)} deaths within {policy['give_up'][1]:g}s"
+                          f" (etcdinit start {service.name} tries again)")
+            elif policy["backoff"]:
+                pause = min(policy["backoff"], BACKOFF_FIRST * 2.0 ** min(len(service.deaths) - 1, 60))
+                service.next_start = now() + pause * (0.75 + os.urandom(1)[0] / 512)  # jitter: 0.75 to 1.25
+
+    def end(self, why: str, code: int) -> None:
+        """End the container; see Init."""
+
+    def check_health(self, checked: tuple[Service, int]) -> None:
+        """Run the health command of a service, if it still is the process that the check was meant for."""
+        service, pid = checked
+        health = service.policy["health"]
+        if service.pid != pid or service.state != UP or not health:
+            return
+        self.at(now() + health["interval"], self.check_health, checked)
+        if service in self.checks.values():
+            return  # the last one is not done yet
+        try:
+            check = spawn(health["command"], service.directory, self.environ_of(service),
+                          {0: self.null, 1: self.null, 2: self.null},
+                          path=find_program(health["command"][0], self.environ),
+                          user=service.policy["user"], group=service.policy["group"])
+        except OSError as error:
+            self.checked(service, pid, f"cannot run it: {reason(error)}")
+            return
+        self.checks[check] = service
+        self.children[check] = lambda wstat: self.check_ended(check, pid, wstat)
+        self.at(now() + health["timeout"], self.end_check, check)
+
+    def check_ended(self, check: int, pid: int, wstat: int) -> None:
+        """A health check of the process pid has ended."""
+        self.checked(self.checks.pop(check), pid, ending(wstat) if wstat else "")
+
+    def end_check(self, check: int) -> None:
+        """The time of a health check is over."""
+        if check in self.checks:
+            try:
+                os.killpg(check, SIGNALS["KILL"])
+            except OSError:
+                pass
+
+    def checked(self, service: Service, pid: int, failure: str) -> None:
+        """A health check is done; after so many failures in a row the service is restarted."""
+        if service.pid != pid or service.state != UP or not service.policy["health"]:
+            return
+        service.check_failures = service.check_failures + 1 if failure else 0
+        self.remark(service, unhealthy=failure)
+        if service.check_failures >= service.policy["health"]["failures"]:
+            log.warning(f"restarting {service.name}: {service.check_failures} health checks failed ({failure})")
+            service.check_failures = 0
+            self.kill_softly(service)
+            self.kill(service, SIGNALS["CONT"])
+            self.arm_kill(service)
+
+    # -- output
+
+    def read_output(self, service: Service) -> None:
+        """Pass on what a service has written."""
+        if not service.output_fds or not service.output:
+            return
+        try:
+            data = os.read(service.output_fds[0], 65536)
+        except BlockingIOError:
+            data = b""
+        self.put_out(service.output.feed(data))
+
+    def put_out(self, data: bytes) -> None:
+        """Write to the container's standard output; while its reader is too slow, read nothing from the services."""
+        if not self.outlet.write(data) and not self.outlet_watched:
+            try:
+                self.epoll.register(self.outlet.fd, select.EPOLLOUT)
+                self.watched[self.outlet.fd] = (self.continue_output, None)
+                self.outlet_watched = True
+            except OSError as error:
+                self.trouble("cannot wait for the standard output", error)
+        if self.outlet.full:
+            self.read_outputs(False)
+
+    def continue_output(self, _: None) -> None:
+        """The reader of the standard output has taken something."""
+        if self.outlet.write(b""):
+            self.epoll.unregister(self.outlet.fd)
+            del self.watched[self.outlet.fd]
+            self.outlet_watched = False
+            self.read_outputs(True)
+
+    def read_outputs(self, wanted: bool) -> None:
+        """Whether to wait for output of the services."""
+        for service in self.services.values():
+            if service.output_fds:
+                self.epoll.modify(service.output_fds[0], select.EPOLLIN if wanted else 0)
+
+    def write_output(self, service: Service) -> None:
+        """Put the last lines of a service where `etcdinit status` and crash reports find them."""
+        if service.output:
+            text = "".join(f"{line}\n" for line in service.output.tail())
+            try:
+                replace_file(f"{service.directory}/supervise/output", text.encode("utf-8", "replace"))
+            except OSError as error:
+                self.trouble(f"cannot write the last lines of {service.name}", error)
+
+    # -- the directory of services
+
+    def scan(self, prune: bool = True) -> None:
+        """Begin to supervise what is new in the directory of services; with prune, stop what has vanished from it."""
+        names = self.defined()
+        if names is None:
+            return
+        new = [name for name in names if name not in self.services]
+        self.read_policies(names)
+        for name in names:
+            if name in self.services:
+                self.services[name].vanished = False
+                self.refresh(self.services[name])
+        added = [service for name in new for service in self.add(name)]
+        ready = [service for service in added if self.supervise(service)]
+        for service in ready:
+            self.step(service, "timeout")
+        for service in list(self.services.values()):
+            if service.state == DOWN and "problem" in service.note and "broken" not in service.policy:
+                self.step(service, "timeout")  # its definition may have been mended
+        if prune:
+            for service in [self.services[name] for name in list(self.services)
+                            if name.removesuffix("/log") not in names]:
+                if not service.name.endswith("/log"):
+                    self.retire(service)
+
+    def defined(self) -> list[str] | None:
+        """The names of the services that are defined, sorted; None if that cannot be told now."""
+        try:
+            entries = os.listdir(self.services_directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.trouble(f"cannot read {self.services_directory}", error)
+            return None
+        names = sorted(name for name in entries
+                       if not name.startswith(".") and os.path.isdir(f"{self.services_directory}/{name}"))
+        for name in [name for name in names if len(os.fsencode(name)) > NAME_MAX]:
+            self.trouble(f"cannot supervise {name[:40]}...", f"the name is longer than {NAME_MAX} bytes")
+            names.remove(name)
+        if len(names) > SERVICES_MAX:
+            self.trouble(f"cannot supervise all of {self.services_directory}", f"more than {SERVICES_MAX} services")
+        return names[:SERVICES_MAX]
+
+    def add(self, name: str) -> list[Service]:
+        """New services for a name: itself and, if it has log/, its logger, which comes first."""
+        live, definition = f"{self.run_directory}/{name}", f"{self.services_directory}/{name}"
+        same = os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory)
+        service = Service(name, live, live if same else definition)
+        service.policy = self.policies.get(name, (None, NO_POLICY))[1]
+        self.services[name] = service
+        if not os.path.isdir(f"{definition}/log"):
+            return [service]
+        logger = Service(f"{name}/log", f"{live}/log", f"{live}/log" if same else f"{definition}/log")
+        self.services[logger.name] = logger
+        service.pipe = logger.pipe = os.pipe()  # both ends stay open here, so it outlives both processes
+        return [logger, service]
+
+    def read_policies(self, names: Sequence[str]) -> None:
+        """Read the service.toml files that have changed."""
+        changed: dict[str, object] = {}
+        for name in names:
+            try:
+                found = os.stat(f"{self.services_directory}/{name}/service.toml")
+                stamp: object = (found.st_ino, found.st_size, found.st_mtime_ns)
+            except OSError:
+                stamp = None
+            if stamp != self.policies.get(name, (None, {}))[0]:
+                changed[name] = stamp
+        gone = {name: NO_POLICY for name, stamp in changed.items() if stamp is None}
+        there = {name: f"{self.services_directory}/{name}/service.toml" for name, stamp in changed.items() if stamp}
+        for name, policy in {**gone, **(load_policies(there) if there else {})}.items():
+            if isinstance(policy, str):
+                policy = {**NO_POLICY, "broken": f"service.toml: {policy}"}
+            self.policies[name] = (changed[name], policy)
+            if name in self.services:
+                self.services[name].policy = policy
+
+    def retire(self, service: Service) -> None:
+        """Stop a service whose definition is gone, and forget it when it is down."""
+        service.vanished = True
+        if service.state == GONE:
+            self.dismiss_logger(service)
+            self.forget(service)
+        elif service.state in (DOWN, UP, FINISH):
+            log.info(f"stopping {service.name}: it is no longer in {self.services_directory}")
+            self.step(service, "x")
+            self.step(service, "d")
+
+    def dismiss_logger(self, service: Service) -> None:
+        """Let the logger of a service that is gone for good read the rest, and end at the end of the file."""
+        logger = self.services.get(f"{service.name}/log")
+        if not service.pipe or not logger or service is logger:
+            return
+        if logger.state == DOWN and logger.wantup:
+            self.step(logger, "u")
+        logger.asked, logger.vanished = service.asked, service.vanished
+        for fd in service.pipe:
+            os.close(fd)
+        service.pipe = logger.pipe = None
+        self.step(logger, "x")
+
+    def forget(self, service: Service) -> None:
+        """Remove a service that is gone, and its live directory."""
+        self.services.pop(service.name, None)
+        self.policies.pop(service.name, None)
+        if service.output_fds:
+            self.read_output(service)
+            if service.output:
+                self.put_out(service.output.feed(b"", last=True))
+            for fd in service.output_fds:
+                self.unwatch(fd)
+        if service.definition != service.directory and f"{service.name}/log" not in self.services:
+            producer = service.directory.removesuffix("/log")
+            remove_tree(service.directory if service.name.removesuffix("/log") in self.services else producer)
+
+# ---- the life of a container ------------------------------------------------------------------------------
+
+RESULT = "/run/s6-linux-init-container-results/exitcode"  # scripts written for s6-overlay put an exit code there
+HOOKS_START, HOOKS_STOP = "/etc/cont-init.d", "/etc/cont-finish.d"
+STATE_VARIABLE = "ETCDINIT_STATE"  # names the descriptor that holds the state, when a process goes on as a new image
+RECOVERIES, RECOVERY_TIME = 5, 60.0  # so many exceptions within so many seconds are too many to go on
+
+# What a signal to PID 1 does: stop, rescan, ignore, forward (to CMD), or the name of the signal that CMD gets instead.
+# ETCDINIT_SIGNALS changes it: "HUP=forward,USR1=HUP". 37 is what container engines mean by SIGRTMIN+3.
+SIGNAL_ACTIONS = {**{SIGNALS[name]: "stop" for name in ("TERM", "INT", "QUIT", "USR1", "USR2", "PWR")},
+                  SIGNALS["HUP"]: "rescan", SIGNALS["ALRM"]: "rescan", SIGNALS["WINCH"]: "forward", 37: "stop"}
+SVSCAN_BYTES = {"a": "scan", "h": "rescan", "n": "rescan", "N": "rescan", "t": "stop", "i": "stop", "q": "stop",
+                "b": "stop"}  # of .s6-svscan/control; z, "reap", is always done
+
+
+def signal_actions(changes: Iterable[str]) -> dict[int, str]:
+    """SIGNAL_ACTIONS with changes like "HUP=forward". UsageError."""
+    actions = dict(SIGNAL_ACTIONS)
+    for change in changes:
+        name, equals, action = change.partition("=")
+        try:
+            if not equals:
+                raise ValueError("SIGNAL=ACTION is needed")
+            if action not in ("stop", "rescan", "ignore", "forward"):
+                action = str(signal_number(action))
+            actions[signal_number(name)] = action
+        except ValueError as error:
+            raise UsageError(f'cannot use "{change}" in ETCDINIT_SIGNALS: {error}') from None
+    return actions
+
+
+if TYPE_CHECKING:
+    Wait = tuple[Callable[[], Any], Callable[[], float | None]]  # until that is true, or the point in time has come
+
+
+class Init(Supervisor):
+    """A container's life: hooks, services, the command, the shutdown. One pass of life() is one life.
+
+    phase: hooks, services, run or end; with the services it is what another process image needs to go on.
+    """
+
+    def __init__(self, services: str, run: str, style: str, command: Sequence[str], grace: float,
+                 actions: Mapping[int, str]) -> None:
+        """grace: seconds that a shutdown may take; actions: see signal_actions."""
+        super().__init__(services, run, style)
+        self.command, self.grace, self.actions = list(command), grace, actions
+        self.directory = os.getcwd()
+        self.phase, self.hooks_done = "hooks", 0
+        self.command_pid = 0
+        self.reason, self.code = "", 0  # why the container ends, "" while it does not, and its exit code
+        self.end_begin = self.end_limit = 0.0
+        self.hurried = 0
+        self.recoveries: list[float] = []
+        self.scan_lock = self.scan_control = -1
+        self.is_first = os.getpid() == 1
+
+    # -- begin and end of the process
+
+    def prepare(self) -> None:
+        """What must be there before anything starts; Error says in one sentence what is missing."""
+        try:
+            os.makedirs(f"{self.run_directory}/.s6-svscan", 0o700, exist_ok=True)
+            definition = f"{self.services_directory}/.s6-svscan"
+            if os.path.isdir(definition) and not os.path.samefile(definition, f"{self.run_directory}/.s6-svscan"):
+                link_definition(definition, f"{self.run_directory}/.s6-svscan")
+            self.scan_lock = _lock_whole(f"{self.run_directory}/.s6-svscan/lock")
+            path = f"{self.run_directory}/.s6-svscan/control"
+            if not os.path.exists(path):
+                os.mkfifo(path, 0o600)
+            self.scan_control = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise Error(f"cannot use {self.run_directory} for the state of services: {reason(error)} "
+                        "(it must be writable: mount a tmpfs there, or set ETCDINIT_RUN)") from None
+        self.watch(self.scan_control, self.read_scan_control, None)
+        self.write_result(0)
+        if not self.is_first:
+            log.info(f"running as process {os.getpid()}, not 1: " + become_subreaper())
+
+    def prepare_process(self) -> None:
+        """What every image of this process needs: signals, descriptors, limits."""
+        for fd in open_descriptors():
+            os.set_inheritable(fd, False)
+        log.fd = nonblocking_twin(2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            self.child_limits = {"nofile": [soft, hard]}
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            except (OSError, ValueError):
+                self.child_limits = {}
+        self.catch_signals()
+
+    def run(self) -> int:
+        """Live; returns the exit code of the container, or goes on as another program (finish, crash)."""
+        self.prepare_process()
+        while True:
+            try:
+                code = self.live()
+                break
+            except Exception as error:  # whatever it is: PID 1 must not end of it
+                self.recover(error)
+        return self.leave_to("finish", self.reason, code)
+
+    def live(self) -> int:
+        """Run life() to its end, turning in between."""
+        life = self.life()
+        wait = next(life)
+        while True:
+            happened, deadline = wait
+            limit = deadline()
+            if happened() or (limit is not None and limit <= now()):
+                try:
+                    wait = next(life)
+                except StopIteration as end:
+                    return int(end.value)
+                continue
+            self.turn(limit)
+            for number in self.signals:
+                self.obey(number)
+            self.signals.clear()
+
+    def leave_to(self, name: str, why: str, code: int) -> int:
+        """Execute finish or crash of .s6-svscan, with the reason and the exit code, if there is one; else the code."""
+        path = f"{self.run_directory}/.s6-svscan/{name}"
+        if os.access(path, os.X_OK):
+            try:
+                os.chdir(self.run_directory)
+                for number in signal.valid_signals() - {SIGNALS["KILL"], SIGNALS["STOP"]}:
+                    signal.signal(number, signal.SIG_DFL)
+                os.execve(path, [path, why, str(code)],
+                          {**self.environ, "ETCDINIT_REASON": why, "ETCDINIT_EXITCODE": str(code)})
+            except OSError as error:
+                log.error(f"cannot execute {path}: {reason(error)}")
+        return code
+
+    def recover(self, error: Exception) -> None:
+        """Our own code has failed: go on as a fresh image of this program, in the same state."""
+        log.error(f"unexpected {bug(error)}; services go on, etcdinit starts anew")
+        self.recoveries = [at for at in self.recoveries if at > now() - RECOVERY_TIME] + [now()]
+        if len(self.recoveries) > RECOVERIES:
+            why = f"etcdinit failed {len(self.recoveries)} times within {RECOVERY_TIME:g}s: {bug(error)}"
+            log.error(f"{why}; giving up")
+            os._exit(self.leave_to("crash", why, 111))
+        try:
+            self.execute_anew()
+        except OSError as failure:
+            log.error(f"cannot start anew: {reason(failure)}; going on as it is")
+            time.sleep(0.1)
+
+    # -- the state in another process image
+
+    def execute_anew(self) -> None:
+        """Execute this program again, with everything it needs to go on; OSError if that cannot be done."""
+        services = [tuple(getattr(service, name) for name in Service.SAVED) +
+                    ((service.output.partial, service.output.kept) if service.output else (b"", b""),)
+                    for service in self.services.values()]
+        state = marshal.dumps({
+            "services": services, "phase": self.phase, "hooks_done": self.hooks_done, "command_pid": self.command_pid,
+            "reason": self.reason, "code": self.code, "end_begin": self.end_begin, "end_limit": self.end_limit,
+            "hurried": self.hurried, "recoveries": self.recoveries, "scan_lock": self.scan_lock,
+            "scan_control": self.scan_control, "child_limits": self.child_limits, "oom_kills": self.oom_kills,
+            "waiting": bytes(self.outlet.waiting), "policies": self.policies, "directory": self.directory})
+        fd = os.memfd_create("etcdinit state", 0)
+        os.write(fd, state)
+        os.lseek(fd, 0, os.SEEK_SET)
+        for kept in [fd, self.scan_lock, self.scan_control, *(fd for service in self.services.values() for fd in (
+                service.control, service.lock, service.notification, *(service.pipe or ()),
+                *(service.output_fds or ())))]:
+            if kept >= 0:
+                os.set_inheritable(kept, True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # what comes now waits for the new image
+        program = "/proc/self/exe" if os.path.exists("/proc/self/exe") else sys.executable
+        try:
+            os.execve(program, sys.orig_argv, {**self.environ, STATE_VARIABLE: str(fd)})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            os.close(fd)
+
+    def adopt(self, fd: int) -> None:
+        """Take over the state that execute_anew left at a descriptor."""
+        state = b""
+        while more := os.read(fd, 1 << 20):
+            state += more
+        os.close(fd)
+        saved = marshal.loads(state)
+        self.outlet.waiting += saved.pop("waiting")
+        services = saved.pop("services")
+        for name, value in saved.items():
+            setattr(self, name, value)
+        for values in services:
+            service = Service("", "", "")
+            for name, value in zip(Service.SAVED, values[:-1], strict=True):
+                setattr(service, name, value)
+            self.services[service.name] = service
+            if service.control >= 0:
+                self.watch(service.control, self.read_control, service)
+            if service.notification >= 0:
+                self.watch(service.notification, self.read_notification, service)
+            if service.output_fds:
+                service.output = Output(service.name, self.style)
+                service.output.partial, service.output.kept = values[-1]
+                self.watch(service.output_fds[0], self.read_output, service)
+            if service.pid:
+                self.await_death(service)
+                if service.policy["health"] and service.state == UP:
+                    self.at(now(), self.check_health, (service, service.pid))
+            if service.deadline is not None:
+                self.arm(service, service.deadline)
+        self.watch(self.scan_control, self.read_scan_control, None)
+        if self.command_pid > 0:
+            self.children[self.command_pid] = self.command_ended
+        log.warning(f"went on in a fresh process image with {len(self.services)} services")
+
+    # -- what comes from outside
+
+    def obey(self, number: int) -> None:
+        """Do what a signal asks for."""
+        action = self.actions.get(number, "ignore")
+        name = SIGNAL_NAMES.get(number, f"signal {number}")
+        handler = f"{self.run_directory}/.s6-svscan/{name}"
+        if number != SIGNALS["CHLD"] and os.access(handler, os.X_OK):
+            try:
+                spawn([handler], self.run_directory, self.environ, {0: self.null, 1: 1, 2: 2}, limits=self.child_limits)
+                return
+            except OSError as error:
+                self.trouble(f"cannot run {handler}", error)
+        if action == "stop":
+            self.end(name, 0)
+        elif action == "rescan":
+            self.rescan(True)
+        elif action != "ignore" and self.command_pid > 0:
+            try:
+                os.kill(self.command_pid, number if action == "forward" else int(action))
+            except OSError as error:
+                self.trouble(f"cannot forward {name}", error)
+
+    def read_scan_control(self, _: None) -> None:
+        """Do what the bytes in .s6-svscan/control say."""
+        try:
+            commands = os.read(self.scan_control, 4096)
+        except BlockingIOError:
+            return
+        for byte in commands.decode("latin-1"):
+            action = SVSCAN_BYTES.get(byte)
+            if action == "stop":
+                self.end(f"command {byte}", 0)
+            elif action:
+                self.rescan(action == "rescan")
+
+    def rescan(self, prune: bool) -> None:
+        """Scan, when it is time for services."""
+        if self.phase == "run" and not self.reason:
+            self.scan(prune)
+
+    def end(self, why: str, code: int) -> None:
+        """Begin to end the container; the first reason counts, each further one leaves less time."""
+        if not self.reason:
+            log.info(f"ending: {why}")
+            self.reason, self.code = why, code
+            self.end_begin, self.end_limit = now(), now() + self.grace
+            if code:
+                self.write_result(code)
+            return
+        self.hurried += 1
+        log.info(f"hurrying: {why}")
+        self.end_limit = min(self.end_limit, now() + (1.0 if self.hurried == 1 else 0.1))
+
+    def write_result(self, code: int) -> None:
+        """Note the exit code where finish hooks can see and change it; not everybody may."""
+        try:
+            os.makedirs(os.path.dirname(RESULT), exist_ok=True)
+            replace_file(RESULT, f"{code}\n".encode())
+        except OSError:
+            pass
+
+    def result(self) -> int:
+        """The exit code of the container."""
+        try:
+            text = (read_small(RESULT) or b"").strip()
+            return int(text) & 0xFF if text.isdigit() else self.code
+        except OSError:
+            return self.code
+
+    # -- one life
+
+    def life(self) -> Generator[Wait, None, int]:
+        """All phases in their order; gives what to wait for, and at last the exit code."""
+        if self.phase == "hooks":
+            yield from self.start_hooks()
+            self.phase = "services"
+        if self.phase == "services" and not self.reason:
+            self.scan()
+            if not self.services and not self.command:
+                log.warning(f"there is neither a service in {self.services_directory} nor a command to run")
+            self.phase = "run"
+            self.start_command()
+        if self.phase in ("services", "run"):
+            yield lambda: self.reason, lambda: None
+            self.phase = "end"
+        yield from self.stop_command()
+        yield from self.stop_services()
+        yield from self.stop_hooks()
+        yield from self.stop_rest()
+        return self.result()
+
+    def part(self, share: float, at: float = 1e12) -> Callable[[], float]:
+        """The point in time when a share of the grace is over (it moves when somebody hurries), at the latest `at`."""
+        return lambda: min(at, self.end_begin + share * (self.end_limit - self.end_begin))
+
+    def until(self, at: float) -> Callable[[], float]:
+        """That point in time."""
+        return lambda: at
+
+    def moved(self) -> Callable[[], bool]:
+        """Whether, from now on, a service was left or somebody hurries."""
+        before = self.left, self.hurried
+        return lambda: before != (self.left, self.hurried)
+
+    def hook(self, path: str, deadline: Callable[[], float | None],
+             broken_off: Callable[[], Any]) -> Generator[Wait, None, int]:
+        """Run one hook to its end, its deadline, or until it is broken off; returns its waitpid status."""
+        ended: list[int] = []
+        try:
+            pid = spawn([path], self.directory, self.environ, {0: self.null, 1: 1, 2: 2}, limits=self.child_limits)
+        except OSError as error:
+            log.error(f"cannot run {path}: {reason(error)}")
+            return 127 << 8
+        self.children[pid] = ended.append
+        yield lambda: ended or broken_off(), deadline
+        if not ended:
+            for number in ("TERM", "CONT"):
+                os.killpg(pid, SIGNALS[number])
+            yield lambda: ended, self.until(now() + 1.0)
+        if not ended:
+            os.killpg(pid, SIGNALS["KILL"])
+            yield lambda: ended, lambda: None
+        return ended[0]
+
+    def start_hooks(self) -> Iterator[Wait]:
+        """The scripts of cont-init.d, in order; S6_BEHAVIOUR_IF_STAGE2_FAILS says what comes of a failure."""
+        behaviour = self.environ.get("S6_BEHAVIOUR_IF_STAGE2_FAILS", "0")
+        for path in hooks(HOOKS_START)[self.hooks_done:]:
+            if self.reason:
+                return
+            self.hooks_done += 1
+            wstat = yield from self.hook(path, lambda: None, lambda: self.reason)
+            log("info" if not wstat else "warning", f"{path} ended: {ending(wstat)}")
+            if wstat and behaviour == "2" and not self.reason:
+                self.end(f"{path} failed: {ending(wstat)}", exit_code(wstat))
+
+    def start_command(self) -> None:
+        """Start CMD: in the container's working directory and environment, with its terminal if there is one."""
+        if not self.command:
+            return
+        path = find_program(self.command[0], self.environ)
+        try:
+            if "/" not in path:
+                raise FileNotFoundError(errno.ENOENT, "not found in PATH")
+            environ = self.environ if os.path.basename(path) == "etcdinit" else self.public_environ
+            self.command_pid = spawn(self.command, self.directory, environ, {0: 0, 1: 1, 2: 2}, path=path,
+                                     limits=self.child_limits, terminal=0 if os.isatty(0) else None)
+        except OSError as error:
+            self.command_pid = -1
+            log.error(f"cannot execute {self.command[0]}: {reason(error)}")
+            self.end("the command could not be executed", 127 if error.errno == errno.ENOENT else 126)
+            return
+        self.children[self.command_pid] = self.command_ended
+
+    def command_ended(self, wstat: int) -> None:
+        """CMD has ended, and with it the container; its exit code is the container's, whoever ended it."""
+        self.command_pid = -1
+        if self.reason:
+            if not self.result():  # nobody has said yet what it shall be
+                self.code = exit_code(wstat)
+                self.write_result(self.code)
+        else:
+            self.end(f"the command ended: {ending(wstat)}", exit_code(wstat))
+
+    def stop_command(self) -> Iterator[Wait]:
+        """CMD uses the services, so it goes first."""
+        if self.command_pid > 0:
+            for name in ("TERM", "CONT"):
+                os.kill(self.command_pid, SIGNALS[name])
+            yield lambda: self.command_pid < 0, self.part(0.25)
+
+    def stop_services(self) -> Iterator[Wait]:
+        """Each service when those that come after it are gone; loggers when they have read everything."""
+        forced = False
+        while True:
+            moved = self.moved()
+            alive = [service for service in self.services.values()
+                     if service.state != GONE and not service.name.endswith("/log")]
+            for service in list(self.services.values()):
+                if service.state == GONE and service.deadline is not None:
+                    service.asked, service.deadline = True, None  # it does not come back
+                    self.dismiss_logger(service)
+            if not alive:
+                break
+            needed = {name for service in alive for name in service.policy["after"] if name != service.name}
+            free = [service for service in alive if service.name not in needed] or alive
+            due = [self.end_begin + (0.0 if self.hurried else service.policy["stop_delay"]) for service in free]
+            for service, at in zip(free, due, strict=True):
+                if not service.asked and at <= now():
+                    service.asked = True
+                    self.step(service, "x")
+                    self.step(service, "d")
+            if self.part(0.8)() <= now():
+                if forced:
+                    break
+                forced = True
+                for service in alive:
+                    log.warning(f"{service.name} does not stop; killing it")
+                    service.asked = True
+                    self.step(service, "x")
+                    self.kill(service, -SIGNALS["KILL"])
+            coming = min([at for at in due if at > now()], default=1e12)
+            yield moved, self.until(now() + 0.5) if forced else self.part(0.8, coming)
+        loggers = [service for service in self.services.values() if service.name.endswith("/log")]
+        yield lambda: all(service.state == GONE for service in loggers), self.part(0.87)
+
+    def stop_hooks(self) -> Iterator[Wait]:
+        """The scripts of cont-finish.d, in order."""
+        try:
+            each = int(self.environ.get("S6_KILL_FINISH_MAXTIME", "5000")) / 1000
+        except ValueError:
+            each = 5.0
+        for path in hooks(HOOKS_STOP):
+            wstat = yield from self.hook(path, self.part(0.95, now() + each), lambda: False)
+            if wstat:
+                log.warning(f"{path} ended: {ending(wstat)}")
+
+    def stop_rest(self) -> Iterator[Wait]:
+        """Whoever is left: TERM, and KILL at the end of the grace. Leaves as soon as nobody is left."""
+        if self.nobody_left():
+            return
+        self.kill_rest("TERM")
+        self.kill_rest("CONT")
+        pause = 0.002
+        while not self.nobody_left() and now() < self.part(1.0)():
+            yield self.nobody_left, self.part(1.0, now() + pause)
+            pause = min(0.05, pause * 2)
+        if not self.nobody_left():
+            log.warning("some processes do not stop; killing them")
+            self.kill_rest("KILL")
+            for _ in range(20):
+                yield self.nobody_left, self.until(now() + 0.025)
+
+    def nobody_left(self) -> bool:
+        """Whether there is no process but this one that it has to end."""
+        if not self.is_first:
+            return not descendants(os.getpid()) and not self.children
+        try:
+            os.kill(-1, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def kill_rest(self, name: str) -> None:
+        """Send a signal to everybody: as PID 1 to all processes, else only to those that come from us."""
+        if self.is_first:
+            try:
+                os.kill(-1, SIGNALS[name])
+            except OSError:
+                pass
+            return
+        for pid in {*descendants(os.getpid()), *self.children}:
+            try:
+                os.kill(pid, SIGNALS[name])
+            except OSError:
+                pass
+
+
+def hooks(directory: str) -> list[str]:
+    """The executable files of a directory of hooks, in order."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    paths = [f"{directory}/{name}" for name in names if not name.startswith(".")]
+    for path in paths:
+        if os.path.isfile(path) and not os.access(path, os.X_OK):
+            log.warning(f"{path} is not executable; passing over it")
+    return [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
+
+
+def open_descriptors() -> list[int]:
+    """The descriptors of this process from 3 on."""
+    try:
+        fds = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        fds = list(range(3, 1024))
+    found = []
+    for fd in fds:
+        try:
+            os.fstat(fd)
+        except OSError:
+            continue
+        if fd > 2:
+            found.append(fd)
+    return found
+
+
+def become_subreaper() -> str:
+    """Have orphans of our services come to us as they come to PID 1; says what came of it."""
+    try:
+        if not ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER
+            return "reaping the orphans of services as a subreaper"
+    except (OSError, ImportError, AttributeError):
+        pass
+    return "orphans of services go to somebody else, this process cannot be a subreaper"
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that come from a process and are not dead; none if /proc is not there."""
+    parents: dict[int, int] = {}
+    for name in _listed("/proc"):
+        if name.isdigit():
+            try:
+                fields = (read_small(f"/proc/{name}/stat") or b"").rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if len(fields) > 1 and fields[0] not in (b"Z", b"X"):
+                parents[int(name)] = int(fields[1])
+    found: set[int] = set()
+    more = {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more} - found
+        found |= more
+    return found
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+# ---- commands to a supervisor -----------------------------------------------------------------------------
+# They speak the protocol of s6 and nothing else, so they work on a service of a real s6-supervise too.
+
+EXIT_TIMEOUT = 99  # as of s6-svwait
+
+
+def service_path(name: str, run: str) -> str:
+    """The service directory that a word on the command line means: a path if it has a slash, else a name in run."""
+    return name.rstrip("/") if name.startswith(("/", "./", "../")) else f"{run}/{name}"
+
+
+def read_status(directory: str) -> Status:
+    """The status of a service; Error if nobody supervises it."""
+    try:
+        record = read_small(f"{directory}/supervise/status")
+        if record is None or not is_supervised(directory):
+            raise Error(f"{directory} is not supervised")
+        return Status.unpack(record)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read the status of {directory}: {reason(error)}") from None
+
+
+def is_supervised(directory: str) -> bool:
+    """Whether somebody reads the control FIFO of a service directory."""
+    try:
+        fd = os.open(f"{directory}/supervise/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        return True  # it is there, and we are just not allowed to command it
+    except OSError:
+        return False
+    os.close(fd)
+    return True
+
+
+def send_command(directory: str, commands: str) -> None:
+    """Write command bytes into the control FIFO of a service; Error says why that is not possible."""
+    try:
+        fd = os.open(f"{directory}/supervise/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        why = "it is not supervised" if error.errno in (errno.ENXIO, errno.ENOENT) else reason(error)
+        raise Error(f"cannot command {directory}: {why}") from None
+    try:
+        os.write(fd, commands.encode())
+    except OSError as error:
+        raise Error(f"cannot command {directory}: {reason(error)}") from None
+    finally:
+        os.close(fd)
+
+
+WAITS: dict[str, tuple[str, Callable[[Status], bool]]] = {  # state: the event that brings it, how the status tells it
+    "up": ("u", lambda status: status.up),
+    "ready": ("U", lambda status: status.up and status.ready),
+    "down": ("d", lambda status: not status.up),
+    "finished": ("D", lambda status: not status.up and status.ready),
+}
+_EVENTS_AGAINST = {"u": "up ready", "U": "", "d": "down", "D": "down finished"}  # which states an event brings
+
+
+class StateWait:
+    """Waits for a state of one service: subscribed first, then the status read, so that nothing is missed."""
+
+    __slots__ = ("name", "directory", "listener", "state", "reached", "failed")
+
+    def __init__(self, name: str, directory: str, state: str) -> None:
+        """Error if the service is not supervised, or we may not listen."""
+        self.name, self.directory, self.state = name, directory, state
+        if state == "ready" and not os.path.exists(f"{directory}/notification-fd"):
+            self.state = "up"  # a service that cannot tell readiness is ready when it is up
+        try:
+            self.listener = Listener(f"{directory}/event")
+        except OSError as error:
+            why = f"{directory} is not supervised" if error.errno == errno.ENOENT else reason(error)
+            raise Error(f"cannot wait for {name}: {why}") from None
+        self.reached = WAITS[self.state][1](read_status(directory))
+        self.failed = ""
+
+    def take(self) -> None:
+        """Take the events that came."""
+        for event in self.listener.read().decode("latin-1"):
+            if event in "uUdD":
+                self.reached = event == WAITS[self.state][0] or (event == "D" and self.state == "down") \
+                    or (event == "U" and self.state == "up")
+            elif event == "O" and self.state in ("up", "ready"):
+                self.failed = "failed for good"
+            elif event == "x" and not self.reached:
+                self.failed = "is no longer supervised"
+
+
+def wait_for(names: Sequence[str], state: str, any_of_them: bool, timeout: float | None, run: str,
+             then: str = "", afresh: bool = False) -> int:
+    """Wait until services are in a state (see WAITS); `then` are commands to send once it is being waited.
+
+    With afresh the state must come anew after the command, even if it is there already.
+    Returns an exit code: 0, 1 if one cannot get there any more, EXIT_TIMEOUT.
+    """
+    watches: list[StateWait] = []
+    deadline = None if timeout is None else now() + timeout
+    poll = select.poll()
+    try:
+        for name in names:
+            watches.append(StateWait(name, service_path(name, run), state))
+            poll.register(watches[-1].listener.fd, select.POLLIN)
+        for watch in watches if then else ():
+            watch.reached = watch.reached and not afresh
+            send_command(watch.directory, then)
+        while True:
+            missing = [watch for watch in watches if not watch.reached]
+            if not missing or (any_of_them and len(missing) < len(watches)):
+                return EXIT_OK
+            failed = [watch for watch in missing if watch.failed]
+            if failed and (not any_of_them or len(failed) == len(watches)):
+                raise Error(f"{failed[0].name} will not be {state}: it {failed[0].failed}")
+            left = None if deadline is None else deadline - now()
+            if left is not None and left <= 0:
+                log.error(f"not {state} after {timeout:g}s: {' '.join(watch.name for watch in missing)}")
+                return EXIT_TIMEOUT
+            if left is None or left > 5.0:
+                left = 5.0  # a supervisor that was killed sends no event
+            poll.poll(left * 1000 + 1)
+            for watch in missing:
+                watch.take()
+                if not watch.reached and not watch.failed and not is_supervised(watch.directory):
+                    watch.failed = "is no longer supervised"
+    finally:
+        for watch in watches:
+            watch.listener.close()
+
+
+def read_notes(directory: str) -> dict[str, str]:
+    """What our supervisor adds to the status of a service; nothing from others."""
+    try:
+        text = (read_small(f"{directory}/supervise/note", 65536) or b"").decode("utf-8", "replace")
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def last_lines(directory: str) -> list[str]:
+    """The last lines of output of a service of ours: asked for, and waited for a moment."""
+    path = f"{directory}/supervise/output"
+
+    def stamp() -> tuple[int, int]:
+        try:
+            found = os.stat(path)
+            return found.st_ino, found.st_mtime_ns
+        except OSError:
+            return 0, 0
+
+    before = stamp()
+    try:
+        send_command(directory, "=")
+    except Error:
+        pass
+    deadline = now() + 0.2
+    while stamp() == before and now() < deadline and os.path.exists(f"{directory}/supervise/note"):
+        time.sleep(0.002)
+    try:
+        return (read_small(path, 65536) or b"").decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+
+
+def describe(name: str, directory: str, lines: bool = True) -> dict[str, Any]:
+    """All that is known of a service, as plain values; Error if nobody supervises it."""
+    status, note = read_status(directory), read_notes(directory)
+    state = "up" if status.up else "finishing" if status.flags & FINISHING else "down"
+    deaths = unpack_deaths(read_small(f"{directory}/supervise/death_tally", DEATH_TALLY_MAX * 14) or b"")
+    known: dict[str, Any] = {
+        "name": name, "state": state, "pid": status.pid or None, "since": _iso(status.stamp),
+        "seconds": round(max(0.0, time.time() - status.stamp / 1e9), 3),
+        "ready": bool(status.up and status.ready), "ready_since": _iso(status.ready_stamp) if status.ready else None,
+        "wanted": "up" if status.flags & WANTUP else "down", "paused": bool(status.up and status.flags & PAUSED),
+        "tells_readiness": os.path.exists(f"{directory}/notification-fd"),
+        "normally": "down" if os.path.exists(f"{directory}/down") else "up",
+        "last_exit": ending(status.wstat) if deaths or status.wstat else None,
+        "out_of_memory": note.get("oom") == "yes", "deaths": len(deaths),
+        "problem": note.get("problem") or ("gave up" if "given_up" in note else None)
+        or (f"waits for {note['waits']}" if "waits" in note else None)
+        or (f"unhealthy: {note['unhealthy']}" if "unhealthy" in note and status.up else None),
+        "next_start": _iso(int(float(note["next"]) * 1e9)) if state == "down" and status.flags & WANTUP
+        and note.get("next", "").replace(".", "").isdigit() else None,
+    }
+    if lines:
+        known["output"] = last_lines(directory)
+    return known
+
+
+def _iso(wall_ns: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall_ns // 10**9)) + f".{wall_ns // 10**6 % 1000:03d}Z"
+
+
+def status_line(known: Mapping[str, Any]) -> str:
+    """One service in one line for people: `nginx    up 12s, pid 31, ready`."""
+    parts = [f"{known['state']} {known['seconds']:.0f}s"]
+    if known["pid"]:
+        parts.append(f"pid {known['pid']}")
+    if known["state"] == "up":
+        parts.append("ready" if known["ready"] else "not ready" if known["tells_readiness"] else "")
+        parts.append("paused" if known["paused"] else "")
+    if known["last_exit"] and known["state"] != "up":
+        parts.append(known["last_exit"] + (" (out of memory)" if known["out_of_memory"] else ""))
+    if (known["state"] == "up") != (known["wanted"] == "up"):
+        parts.append(f"wanted {known['wanted']}")
+    if known["deaths"]:
+        parts.append(f"{known['deaths']} deaths")
+    parts.append(known["problem"] or "")
+    return f"{known['name']:16} " + ", ".join(part for part in parts if part)
+
+
+def service_names(run: str) -> list[str]:
+    """The services in a directory of live directories, loggers after their producers."""
+    names = sorted(name for name in _listed(run) if not name.startswith("."))
+    both = [name for each in names for name in (each, f"{each}/log")]
+    return [name for name in both if os.path.isdir(f"{run}/{name}/supervise")]
 
 
 # ======================================================================================================
@@ -9469,13 +10741,23 @@ FLAGS = {row.name: row for row in (
     Flag("diff", "flag", "", "print a unified diff of every file that changes"),
     Flag("sync-only", "flag", "", "run neither check_cmd nor reload_cmd"),
     Flag("root", "text", "DIR", "put the destinations below DIR, making directories there; commands run as always"),
+    Flag("up", "flag", "", "wait until they are up"),
+    Flag("ready", "flag", "", "wait until they have said that they are ready (the default); up, if they cannot say it"),
+    Flag("down", "flag", "", "wait until they are down"),
+    Flag("finished", "flag", "", "wait until they are down and their finish script has ended"),
+    Flag("any", "flag", "", "wait for one of them instead of all"),
+    Flag("timeout", "duration", "TIME", "how long to wait for it; exit code 99 if it took longer"),
+    Flag("json", "flag", "", "print JSON"),
+    Flag("follow", "flag", "", "go on, and print it again whenever it changes"),
     Flag("help", "flag", "", "show this help"),
 )}
 
 _VALUE_WORDS = {"confdir": "DIR", "compat": "confd", "prefix": "KEY", "node": "URL", "api": "2|3", "interval": "TIME",
-                "log-level": "LEVEL", "log-format": "text|json"}
+                "log-level": "LEVEL", "log-format": "FORMAT",
+                "services": "DIR", "run": "DIR", "grace": "TIME", "signals": "SIGNAL=ACTION"}
 _KEY_FLAGS = ("keys", "node", "api", "prefix")  # where keys come from
 _LOG_FLAGS = ("log-level", "log-format", "help")
+_RUN_FLAGS = ("run", *_LOG_FLAGS)
 
 
 class Verb:
@@ -9517,6 +10799,9 @@ def parse_command_line(verb: Verb, arguments: Sequence[str]) -> tuple[list[str],
             break
         if argument == "-" or not argument.startswith("-"):
             words.append(argument)
+            if verb.arguments == "[CMD ...]":  # its flags are its own
+                words += waiting[::-1]
+                break
             continue
         name, equals, value = argument[2:].partition("=") if argument.startswith("--") else (argument, "", "")
         if argument == "-h":
@@ -9783,6 +11068,168 @@ def ls_verb(words: list[str], flags: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+# ---- verbs of the supervisor --------------------------------------------------------------------------
+
+def init_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit init."""
+    init = Init(setting("services", flags), setting("run", flags), setting("log-format", flags), words,
+                setting("grace", flags), signal_actions(setting("signals", flags)))
+    state = os.environ.get(STATE_VARIABLE, "")
+    if state.isdigit():
+        init.adopt(int(state))
+    else:
+        init.prepare()
+    return init.run()
+
+
+def wait_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit wait."""
+    states = [state for state in WAITS if flags.get(state)]
+    if len(states) > 1:
+        raise UsageError(f"--{states[0]} and --{states[1]} cannot be waited for together")
+    return wait_for(words, states[0] if states else "ready", bool(flags.get("any")), _patience(flags),
+                    setting("run", flags))
+
+
+def _patience(flags: Mapping[str, Any]) -> float | None:
+    try:
+        return duration(flags["timeout"]) if "timeout" in flags else None
+    except ValueError as error:
+        raise UsageError(f"cannot use --timeout: {error}") from None
+
+
+def _commanded(words: Sequence[str], flags: Mapping[str, Any], commands: str, state: str) -> int:
+    """Send commands to services; with --timeout wait for what comes of it."""
+    if "timeout" in flags:
+        return wait_for(words, state, False, _patience(flags), setting("run", flags), commands, "r" in commands)
+    for word in words:
+        send_command(service_path(word, setting("run", flags)), commands)
+    return EXIT_OK
+
+
+def start_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit start."""
+    return _commanded(words, flags, "u", "ready")
+
+
+def stop_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit stop."""
+    return _commanded(words, flags, "d", "finished")
+
+
+def restart_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit restart."""
+    return _commanded(words, flags, "ru", "ready")
+
+
+def once_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit once."""
+    return _commanded(words, flags, "o", "up")
+
+
+def signal_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit signal."""
+    try:
+        number = signal_number(words[0])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    byte = {number: byte for byte, number in {**SIGNAL_BYTES, "p": SIGNALS["STOP"],
+                                              "c": SIGNALS["CONT"]}.items()}.get(number)
+    for word in words[1:]:
+        directory = service_path(word, setting("run", flags))
+        if byte:
+            send_command(directory, byte)
+            continue
+        status = read_status(directory)  # s6 has no command for it
+        if not status.up:
+            raise Error(f"cannot signal {word}: it is not up")
+        try:
+            os.kill(status.pid, number)
+        except OSError as error:
+            raise Error(f"cannot signal {word}: {reason(error)}") from None
+    return EXIT_OK
+
+
+def reload_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit reload: its reload-signal; sent as the signal itself, for s6 before 2.15.1 has no command for it."""
+    for word in words:
+        directory = service_path(word, setting("run", flags))
+        number = read_signal(directory, "reload-signal", SIGNALS["HUP"])
+        signal_verb([str(number), word], flags)
+    return EXIT_OK
+
+
+def status_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit status."""
+    run = setting("run", flags)
+    told = ""
+    while True:
+        names = words or service_names(run)
+        if not names:
+            raise Error(f"there is no service in {run}")
+        if flags.get("json"):
+            found = [describe(name, service_path(name, run)) for name in names]
+            text = json.dumps(found if not words or len(words) > 1 else found[0], indent=None if flags.get("follow")
+                              else 2) + "\n"
+        else:
+            found = [describe(name, service_path(name, run), lines=bool(words)) for name in names]
+            text = "".join(status_line(known) + "\n" + "".join(f"    {printable(line)}\n" for line in
+                           known.get("output", ())[-10:]) for known in found)
+        if not flags.get("follow"):
+            write_out(text)
+            return EXIT_OK
+        if text != told:
+            write_out(text)
+        told = text
+        _await_event([service_path(name, run) for name in names])
+
+
+def _await_event(directories: Sequence[str]) -> None:
+    listeners = []
+    try:
+        for directory in directories:
+            listeners.append(Listener(f"{directory}/event"))
+        poll = select.poll()
+        for listener in listeners:
+            poll.register(listener.fd, select.POLLIN)
+        poll.poll(5000)
+    except OSError as error:
+        raise Error(f"cannot follow: {reason(error)}") from None
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def rescan_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit rescan."""
+    _svscan_command(setting("run", flags), "h")
+    return EXIT_OK
+
+
+def shutdown_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit shutdown."""
+    if words:
+        if not words[0].isdigit() or int(words[0]) > 255:
+            raise UsageError(f'"{words[0]}" is not an exit code (0 to 255)')
+        try:
+            replace_file(RESULT, f"{words[0]}\n".encode())
+        except OSError as error:
+            raise Error(f"cannot set the exit code in {RESULT}: {reason(error)}") from None
+    _svscan_command(setting("run", flags), "t")
+    return EXIT_OK
+
+
+def _svscan_command(run: str, byte: str) -> None:
+    path = f"{run}/.s6-svscan/control"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.write(fd, byte.encode())
+        os.close(fd)
+    except OSError as error:
+        why = "no etcdinit init runs there" if error.errno in (errno.ENXIO, errno.ENOENT) else reason(error)
+        raise Error(f"cannot command {run}: {why}") from None
+
+
 VERBS = {row.name: row for row in (
     Verb("render", "[RESOURCE ...]",
          ("once", "interval", "confdir", "dry-run", "diff", "sync-only", "root", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
@@ -9802,6 +11249,34 @@ VERBS = {row.name: row for row in (
          "etcdinit get /lb/upstreams/web/1", get_verb),
     Verb("ls", "[KEY]", (*_KEY_FLAGS, *_LOG_FLAGS), "List the names directly below a key (below --prefix).",
          "etcdinit ls /lb/upstreams", ls_verb),
+    Verb("init", "[CMD ...]", ("services", "run", "grace", "signals", *_LOG_FLAGS),
+         "Be the init process of a container: hooks, services, then CMD.\n"
+         "It ends with CMD, with an essential service, or when it is told to; called as /init all words are CMD.",
+         "etcdinit init\netcdinit init sh -c 'exit 3'", init_verb),
+    Verb("wait", "NAME [NAME ...]", ("up", "ready", "down", "finished", "any", "timeout", *_RUN_FLAGS),
+         "Wait until services are ready, or in another state.\n"
+         "NAME is one in the directory of services, or the path of any service directory of s6.",
+         "etcdinit wait confd --timeout 30s", wait_verb),
+    Verb("start", "NAME [NAME ...]", ("timeout", *_RUN_FLAGS), "Start services and keep them up.",
+         "etcdinit start nginx --timeout 10s", start_verb),
+    Verb("stop", "NAME [NAME ...]", ("timeout", *_RUN_FLAGS), "Stop services; they stay down.",
+         "etcdinit stop nginx --timeout 10s", stop_verb),
+    Verb("restart", "NAME [NAME ...]", ("timeout", *_RUN_FLAGS),
+         "Stop services with their down-signal; they start again.",
+         "etcdinit restart nginx --timeout 10s", restart_verb),
+    Verb("reload", "NAME [NAME ...]", _RUN_FLAGS, "Send services their reload-signal (default HUP).",
+         "etcdinit reload nginx", reload_verb),
+    Verb("once", "NAME [NAME ...]", ("timeout", *_RUN_FLAGS), "Start services, but not again when they end.",
+         "etcdinit once backup", once_verb),
+    Verb("signal", "SIGNAL NAME [NAME ...]", _RUN_FLAGS, "Send a signal to services.",
+         "etcdinit signal USR1 nginx", signal_verb),
+    Verb("status", "[NAME ...]", ("json", "follow", *_RUN_FLAGS),
+         "Show how services fare; of named ones the last lines of output too.",
+         "etcdinit status\netcdinit status --json nginx", status_verb),
+    Verb("rescan", "", _RUN_FLAGS, "Start services that are new in the directory, stop those that vanished.",
+         "etcdinit rescan", rescan_verb),
+    Verb("shutdown", "[CODE]", _RUN_FLAGS, "End the container, with an exit code.",
+         "etcdinit shutdown 3", shutdown_verb),
 )}
 
 
@@ -9840,6 +11315,8 @@ def main(argv: Sequence[str] = ()) -> int:
     try:
         for fd in (0, 1, 2):
             _keep_open(fd)
+        if os.path.basename(sys.argv[0]) == "init":
+            argv = ["init", "--", *argv]
         return run_command_line(argv)
     except KeyboardInterrupt:
         return 130
