@@ -329,6 +329,8 @@ SETTINGS = {row.name: row for row in (
     Setting("answer-timeout", "ETCD_ANSWER_TIMEOUT", "duration", 5.0, "time for a request, over all endpoints"),
     Setting("keep-secrets", "ETCDINIT_KEEP_SECRETS", "flag", False, "leave secrets in the environment of services"),
     Setting("interval", "ETCDINIT_INTERVAL", "duration", 600.0, "time between two full passes"),
+    Setting("max-outage", "ETCDINIT_MAX_OUTAGE", "duration", 0.0,
+            "leave with exit code 3 when etcd was away for that long; 0: never"),
     Setting("log-level", "ETCDINIT_LOG_LEVEL", "text", "info", "debug, info, warning, error or fatal"),
     Setting("log-format", "ETCDINIT_LOG_FORMAT", "text", "text", "text or json; for services also prefix or raw"),
     Setting("services", "ETCDINIT_SERVICES", "text", "/etc/services.d", "directory with a directory for each service"),
@@ -3229,6 +3231,11 @@ class Mirror:
 
 
 # ---- patterns -----------------------------------------------------------------------------------------
+
+def glob_regex(pattern: str) -> re.Pattern[str]:
+    """A pattern of Go's path.Match as a regular expression for a whole key. ValueError if it is malformed."""
+    return _glob_steps(pattern)[1]
+
 
 def _glob_steps(pattern: str) -> tuple[list[Any], re.Pattern[str]]:
     """A pattern as one step for each path segment, and as one regular expression for a whole key.
@@ -7240,6 +7247,8 @@ RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("check_timeout", "duration", 30.0, "time after which check_cmd is killed and has failed"),
     ResourceKey("reload_cmd", "text", "", "shell command to run after a change; {{.src}} and {{.dest}} are the file"),
     ResourceKey("reload_timeout", "duration", 60.0, "time after which reload_cmd is killed and has failed"),
+    ResourceKey("debounce", "min[:max]", (0.0, 0.0),
+                'wait for quiet before rendering, as in "50ms", but no longer than four times that, or "50ms:2s"'),
     ResourceKey("output_format", "json|toml", "", "the new file must be well-formed JSON or TOML"),
     ResourceKey("on_missing", "error|empty|skip", "error",
                 "a key that getv or get wants does not exist: fail, take an empty text, or leave dest as it is"),
@@ -7283,9 +7292,17 @@ def _timeout(value: Any) -> float:
     return seconds
 
 
+def _times(value: object) -> tuple[float, float]:
+    least, _, most = _a_text(value).partition(":")
+    times = duration(least), duration(most) if most else 4 * duration(least)
+    if times[1] < times[0]:
+        raise ValueError("the second time is the longest wait, it cannot be shorter than the first")
+    return times
+
+
 _RESOURCE_KINDS: dict[str, Callable[[Any], Any]] = {
     "text": _a_text, "list of texts": _texts, "number": _id, "true/false": _yes_or_no,
-    "duration": _timeout, "octal": _a_text}
+    "duration": _timeout, "min[:max]": _times, "octal": _a_text}
 
 
 def parse_mode(text: str, as_confd: bool = False) -> tuple[int, str]:
@@ -7340,6 +7357,7 @@ class Resource:
     check_timeout: float
     reload_cmd: str
     reload_timeout: float
+    debounce: tuple[float, float]
     output_format: str
     on_missing: str
     required: tuple[str, ...]
@@ -7539,6 +7557,14 @@ def load_resources(confdir: str, prefix: str = "", as_confd: bool = False,
     return resources, findings
 
 
+def conf_stamps(confdir: str) -> list[tuple[str, Any]]:
+    """What changes when a resource file comes, goes or is written: each file with its file_stamp()."""
+    try:
+        return [(path, file_stamp(path)) for path in resource_files(os.path.join(confdir, "conf.d"))]
+    except OSError as error:
+        return [("", reason(error))]
+
+
 # ---- where the keys come from -------------------------------------------------------------------------
 
 class KeyFile:
@@ -7554,6 +7580,10 @@ class KeyFile:
         tree = keys_from_file(self.path)
         return 0, [pair for key in keys for pair in tree.below(key)]
 
+    def watch(self, keys: Iterable[str], revision: int) -> KeyFileWatch:
+        """Follow the file from a read() on."""
+        return KeyFileWatch(self.path, keys)
+
     def get(self, key: str) -> str | None:
         """The value of one key, None if it does not exist."""
         return keys_from_file(self.path).get(key)
@@ -7562,16 +7592,56 @@ class KeyFile:
         """Nothing is held open."""
 
 
+class KeyFileWatch:
+    """What Watch is to etcd, for a file of keys: a look at it from time to time."""
+
+    __slots__ = ("keys", "stale", "deadline", "_path", "_stamp")
+    failure, open = None, True
+
+    def __init__(self, path: str, keys: Iterable[str]) -> None:
+        self._path, self.keys = path, top_keys(keys)
+        self.restart(0)
+
+    def restart(self, revision: int) -> None:
+        """A new read has been made."""
+        self.stale, self._stamp, self.deadline = "", file_stamp(self._path), now() + FILES_INTERVAL
+
+    def step(self) -> list[Event]:
+        """Look whether the file has changed: then `stale` says so."""
+        if now() >= self.deadline:
+            self.deadline = now() + FILES_INTERVAL
+            if file_stamp(self._path) != self._stamp:
+                self.stale = f"{self._path} has changed"
+        return []
+
+    def descriptors(self) -> list[int]:
+        """None: a file cannot be polled."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def file_stamp(path: str) -> tuple[int, ...]:
+    """What changes when a file does, () if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev
+
+
 # ---- from keys to text --------------------------------------------------------------------------------
 
 INCLUDE_DEPTH = 10
 
 
 def resource_functions(tree: KeyTree, templates: str, source: str = "", on_missing: str = "error",
-                       as_confd: bool = False) -> dict[str, Func]:
+                       as_confd: bool = False, load: Callable[[str], Template] | None = None) -> dict[str, Func]:
     """What a resource's template can call besides the general functions: the store's, and include.
 
-    templates: the directory that include reads from; source: the template itself, which nobody may include.
+    templates: the directory that include reads from; source: the template itself, which nobody may include;
+    load: compiles the template of a path, with these functions.
     """
     functions = dict(store_functions(tree, compat=as_confd))
     if on_missing == "empty":
@@ -7594,8 +7664,8 @@ def resource_functions(tree: KeyTree, templates: str, source: str = "", on_missi
             raise ValueError(f"maximum include depth ({INCLUDE_DEPTH}) exceeded")
         active.append(path)
         try:
-            text = read_text(path)
-            return Template(text, name=os.path.basename(path), functions=functions).render(data[0] if data else None)
+            template = load(path) if load else compile_file(path, functions)
+            return template.render(data[0] if data else None)
         except OSError as error:
             raise ValueError(f"include {name}: open {path}: {reason(error)}") from None
         finally:
@@ -7609,6 +7679,11 @@ def read_text(path: str) -> str:
     """A whole file as text; bytes that are not UTF-8 are kept as surrogates. OSError."""
     with open(path, "rb") as file:
         return file.read().decode("utf-8", "surrogateescape")
+
+
+def compile_file(path: str, functions: Mapping[str, Func]) -> Template:
+    """The template in a file. OSError, TemplateError."""
+    return Template(read_text(path), name=os.path.basename(path), functions=functions)
 
 
 # Where Go puts a value into the text of an error; keys have values that nobody may see in a log.
@@ -7627,29 +7702,126 @@ class Skipped(Exception):
     """A resource that is left alone on purpose, because of on_missing = "skip"; the text says which key."""
 
 
-def render_text(resource: Resource, tree: KeyTree, templates: str, as_confd: bool = False) -> str:
-    """The text of a resource from the keys of a whole store. Error, or Skipped when a key is missing and may be."""
-    seen = tree.under(resource.prefix, resource.keys)
-    for key in resource.required:
-        if clean_key(key) not in seen:
-            _missing(resource, f"required key {clean_key(key)} does not exist", clean_key(key))
-    path = os.path.normpath(f"{templates}/{resource.src}")
-    functions = resource_functions(seen, templates, path, resource.on_missing, as_confd)
+class Asked:
+    """What a template has asked the store for: keys, patterns, directories. Knows whether a change can matter to it."""
+
+    __slots__ = ("keys", "patterns", "directories", "_listed", "_places", "_regexes")
+
+    def __init__(self) -> None:
+        self.keys, self.patterns, self.directories = set[str](), set[str](), set[str]()
+        self._listed = set[str]()  # the directories, cleaned
+        self._places: dict[str, list[re.Pattern[str]]] | None = None  # directory: patterns that match only below it
+        self._regexes: dict[str, tuple[str, re.Pattern[str]]] = {}
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self.keys.clear()
+        self.patterns.clear()
+        self.directories.clear()
+        self._places = None
+
+    def noting(self, functions: Mapping[str, Func]) -> dict[str, Func]:
+        """The store's functions among the given ones, which from now on note here what they are asked for."""
+        kinds = {"key": self.keys, "pattern": self.patterns, "directory": self.directories}
+        noted = {}
+        for name, kind in _STORE_READERS.items():
+            plain = functions[name]
+            call = _noting(plain.call, kinds[kind].add)
+            noted[name] = Func(name, call, plain.params, plain.variadic, plain.returns)
+        return noted
+
+    def touched(self, changed: Mapping[str, bool]) -> bool:
+        """True if the answer to something that was asked may be another now; changed: as Mirror tells it."""
+        if self._places is None:
+            self._places = {}
+            for pattern in self.patterns:
+                if pattern not in self._regexes:
+                    self._regexes[pattern] = _pattern_place(pattern)
+                place, regex = self._regexes[pattern]
+                self._places.setdefault(place, []).append(regex)
+            self._listed = {clean_key(path).rstrip("/") for path in self.directories}
+        for key, came_or_went in changed.items():
+            if key in self.keys:
+                return True
+            above = key.rstrip("/")
+            while True:
+                if came_or_went and above in self._listed:
+                    return True
+                if any(regex.fullmatch(key) for regex in self._places.get(above, ())):
+                    return True
+                if not above:
+                    break
+                above = above.rpartition("/")[0]
+        return False
+
+
+def _noting(call: Callable[..., Any], note: Callable[[str], None]) -> Callable[..., Any]:
+    def noted(asked: str, *rest: Any) -> Any:
+        note(asked)
+        return call(asked, *rest)
+
+    return noted
+
+
+def _pattern_place(pattern: str) -> tuple[str, re.Pattern[str]]:
+    """The directory below which a pattern can match at all, and the pattern as a regular expression."""
     try:
-        template = Template(read_text(path), name=os.path.basename(path), functions=functions)
-        return template.render(None)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise Error(f"Missing template: {path}") from None
-        raise Error(f"cannot read template {path}: {reason(error)}") from None
-    except TemplateError as error:
-        message = without_values(str(error))
-        if error.stage == "parse":
-            raise Error(f"Unable to process template {path}, {message}") from None
-        found = re.search(r"error calling getv?: key does not exist: (.*)", message)
-        if found:
-            _missing(resource, message, found[1])
-        raise Error(message) from None
+        regex = glob_regex(pattern)
+    except ValueError:  # it fails as soon as there is a key at all
+        return "", re.compile("[\\s\\S]*")
+    return re.split(r"[*?\[\\]", pattern)[0].rpartition("/")[0], regex
+
+
+class Page:
+    """One resource made ready to be rendered again and again.
+
+    view: the keys that it sees, to be kept current in place; asked: notes what its last run wanted (None: nobody
+    does); stamps: the template files of its last run, each with its file_stamp().
+    """
+
+    __slots__ = ("resource", "view", "asked", "stamps", "_path", "_functions", "_compiled")
+
+    def __init__(self, resource: Resource, view: KeyTree, templates: str, as_confd: bool = False,
+                 asked: Asked | None = None) -> None:
+        self.resource, self.view, self.asked = resource, view, asked
+        self.stamps: dict[str, tuple[int, ...]] = {}
+        self._path = os.path.normpath(f"{templates}/{resource.src}")
+        self._compiled: dict[str, tuple[tuple[int, ...], Template]] = {}
+        functions = resource_functions(view, templates, self._path, resource.on_missing, as_confd, self._load)
+        self._functions = {**functions, **(asked.noting(functions) if asked else {})}
+
+    def _load(self, path: str) -> Template:
+        """The template of a file, compiled when the file is new. OSError, TemplateError."""
+        stamp = self.stamps[path] = file_stamp(path)
+        if path not in self._compiled or self._compiled[path][0] != stamp:
+            self._compiled[path] = stamp, compile_file(path, self._functions)
+        return self._compiled[path][1]
+
+    def text(self) -> str:
+        """The text from the keys as they are now. Error, or Skipped when a key is missing and may be."""
+        resource = self.resource
+        self.stamps.clear()
+        if self.asked:
+            self.asked.clear()
+            self.asked.keys.update(map(clean_key, resource.required))
+        try:
+            template = self._load(self._path)
+            for key in map(clean_key, resource.required):
+                if key not in self.view:
+                    _missing(resource, f"required key {key} does not exist", key)
+            return template.render(None)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise Error(f"Missing template: {self._path}") from None
+            raise Error(f"cannot read template {self._path}: {reason(error)}") from None
+        except TemplateError as error:
+            message = without_values(str(error))
+            if error.stage == "parse":
+                raise Error(f"Unable to process template {self._path}, {message}") from None
+            found = re.search(r"error calling getv?: key does not exist: (.*)", message)
+            if found:
+                _missing(resource, message, found[1])
+            raise Error(message) from None
 
 
 def _missing(resource: Resource, message: str, key: str) -> NoReturn:
@@ -7750,6 +7922,7 @@ class Command:
     def start(self) -> None:
         """Run it: /bin/sh -c, standard input empty, output and errors to us, no other descriptor, signals as new."""
         _seal_descriptors()
+        log.debug(f"Running {self.text}")
         self._began = now()
         self.deadline = self._began + self.timeout
         self._pipe, write = os.pipe()
@@ -7775,13 +7948,18 @@ class Command:
         """What to poll for reading: there is output, or it has ended."""
         return [fd for fd in (self._pipe, self._pidfd) if fd >= 0]
 
+    @property
+    def wake_at(self) -> float:
+        """When to call advance() even if no descriptor has anything."""
+        due = self.deadline + KILL_PATIENCE * self._killed
+        return min(due, now() + 0.02) if self._pidfd < 0 else due
+
     def wait(self) -> None:
         """Wait until advance() has something to do: the thin layer for those who drive one command only."""
         poll = select.poll()
         for fd in self.descriptors():
             poll.register(fd, select.POLLIN)
-        seconds = self.deadline + KILL_PATIENCE * self._killed - now()
-        poll.poll(max(0, int(1000 * (min(seconds, 0.02) if self._pidfd < 0 else seconds)) + 1))
+        poll.poll(max(0, int(1000 * (self.wake_at - now())) + 1))
 
     def advance(self) -> bool:
         """Read what it said, see whether it ended, kill its group when time is up. True when it is over."""
@@ -7860,11 +8038,8 @@ def _seal_descriptors() -> None:
             pass  # the one that listdir had open
 
 
-def run_command(text: str, timeout: float, grace: float = 0.0) -> Command:
-    """Run a shell command to its end or its timeout (seconds), or to its grace after we were told to stop."""
-    log.debug(f"Running {text}")
-    command = Command(text, timeout)
-    command.start()
+def finish_command(command: Command, grace: float = 0.0) -> None:
+    """Wait until a command that runs has ended, at its timeout, or at its grace after we were told to stop."""
     while not command.advance():
         try:
             if stop.signal:
@@ -7874,10 +8049,18 @@ def run_command(text: str, timeout: float, grace: float = 0.0) -> Command:
                 stop.during(command.wait)
         except Stopped:
             pass  # stop.signal tells it from now on
+
+
+def run_command(text: str, timeout: float, grace: float = 0.0) -> Command:
+    """Run a shell command to its end or its timeout (seconds), or to its grace after we were told to stop."""
+    command = Command(text, timeout)
+    command.start()
+    finish_command(command, grace)
     return command
 
 
-def _log_output(command: Command, what: str, secret: bool) -> None:
+def log_output(command: Command, what: str, secret: bool) -> None:
+    """Log what a command said: as an error if it failed."""
     level = "error" if command.failure else "debug"
     lines = command.lines()
     if secret and lines:
@@ -8138,24 +8321,50 @@ class RenderOptions:
 
 
 class Reload:
-    """A reload command that has to run: for whose sake, how long it may take, whether its output may be shown."""
+    """A reload command that has to run: for whose sake, how long it may take, whether its output may be shown.
 
-    __slots__ = ("dest", "timeout", "secret")
+    template: reload_cmd as it stands in the resource. The rest is for the render loop: the command while it runs,
+    whether a change came meanwhile, failures in a row, when to try again (0: at once), the last failure told.
+    """
 
-    def __init__(self, dest: str, timeout: float, secret: bool) -> None:
-        self.dest, self.timeout, self.secret = dest, timeout, secret
+    __slots__ = ("dest", "timeout", "secret", "template", "command", "again", "attempts", "due", "told")
+
+    def __init__(self, dest: str, timeout: float, secret: bool, template: str) -> None:
+        self.dest, self.timeout, self.secret, self.template = dest, timeout, secret, template
+        self.command: Command | None = None
+        self.again = False
+        self.attempts, self.due, self.told = 0, 0.0, ""
 
 
 def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, reloads: dict[str, Reload]) -> str:
     """Bring the destination of one resource up to date; a reload that this calls for is added to reloads.
 
-    Returns "updated", "in sync" or "skipped". Error or OSError say why it failed: then the destination is as before.
+    Returns "updated", "in sync", "out of sync" or "skipped". Error or OSError say why it failed: then the
+    destination is as before.
     """
+    seen = tree.under(resource.prefix, resource.keys)
     try:
-        text = render_text(resource, tree, options.templates, options.as_confd)
+        text = Page(resource, seen, options.templates, options.as_confd).text()
     except Skipped as skipped:
         log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
         return "skipped"
+    steps = render_steps(resource, text, options, reloads)
+    while True:
+        try:
+            command = next(steps)
+        except StopIteration as end:
+            return str(end.value)
+        command.start()
+        finish_command(command)
+
+
+def render_steps(resource: Resource, text: str, options: RenderOptions, reloads: dict[str, Reload],
+                 quiet: bool = False) -> Generator[Command, None, str]:
+    """Bring the destination of one resource to a text, in steps: what it yields is to be started and run to its end.
+
+    Returns and raises as render_resource(). quiet: this has failed before, so tell less.
+    """
+    level = "debug" if quiet else "info"
     data = text.encode("utf-8", "surrogateescape")
     path = follow(resource.dest, options.root)
     dest = path if options.root else resource.dest
@@ -8170,8 +8379,8 @@ def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, r
         log.debug(f"Target config {dest} in sync")
         return "in sync"
     for difference in differences:
-        log.info(difference)
-    log.info(f"Target config {dest} out of sync")
+        log(level, difference)
+    log(level, f"Target config {dest} out of sync")
     fault = resource.output_format and check_format(text, resource.output_format)
     if fault:
         why = "not shown: secret = true" if resource.secret else fault
@@ -8187,8 +8396,10 @@ def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, r
     stage = write_stage(path, wanted, options.as_confd)
     try:
         if resource.check and not options.sync_only:
-            command = run_command(resource.check.render({"src": stage, "dest": path}), resource.check_timeout)
-            _log_output(command, f"check_cmd of {resource.name}", resource.secret)
+            command = Command(resource.check.render({"src": stage, "dest": path}), resource.check_timeout)
+            yield command
+            if not quiet:
+                log_output(command, f"check_cmd of {resource.name}", resource.secret)
             if command.failure:
                 raise Error(f"Config check failed: {command.failure}")
         if stop.signal:
@@ -8202,7 +8413,8 @@ def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, r
         raise
     log.info(f"Target config {dest} has been updated")
     if reload:
-        reloads[reload] = Reload(dest, resource.reload_timeout, resource.secret)
+        due = reloads.setdefault(reload, Reload(dest, resource.reload_timeout, resource.secret, resource.reload_cmd))
+        due.again, due.due = bool(due.command), 0.0
     return "updated"
 
 
@@ -8211,7 +8423,7 @@ def run_reloads(reloads: dict[str, Reload]) -> int:
     failed = 0
     for text, reload in list(reloads.items()):
         command = run_command(text, reload.timeout, STOP_GRACE)
-        _log_output(command, f"reload_cmd of {reload.dest}", reload.secret)
+        log_output(command, f"reload_cmd of {reload.dest}", reload.secret)
         if command.failure:
             failed += 1
             log.error(f"cannot reload after the change of {reload.dest}: {command.failure}: {text}")
@@ -8220,17 +8432,27 @@ def run_reloads(reloads: dict[str, Reload]) -> int:
     return failed
 
 
-def render_once(source: Any, options: RenderOptions, reloads: dict[str, Reload] | None = None) -> int:
-    """Render every resource once from one read of source; returns the exit code, after a line for each failure.
+def resources_of(options: RenderOptions) -> tuple[list[Resource], list[Finding]]:
+    """The resources that options ask for, and what is wrong with conf.d."""
+    return load_resources(options.confdir, options.prefix, options.as_confd, options.names)
 
-    source: has read(keys) -> (revision, pairs), like Etcd and KeyFile. reloads: those still due from an earlier pass.
-    """
-    reloads = {} if reloads is None else reloads
-    count = {"updated": 0, "in sync": 0, "out of sync": 0, "skipped": 0, "failed": 0}
-    resources, findings = load_resources(options.confdir, options.prefix, options.as_confd, options.names)
+
+def log_findings(findings: Iterable[Finding]) -> None:
+    """Tell what is wrong with conf.d."""
     for finding in findings:
         words = "Cannot process template resource " if finding.path and finding.level == "error" else ""
         log(finding.level, words + (f"{finding.place}: " if finding.path else "") + finding.message)
+
+
+def render_once(source: Any, options: RenderOptions) -> int:
+    """Render every resource once from one read of source; returns the exit code, after a line for each failure.
+
+    source: has read(keys) -> (revision, pairs), like Etcd and KeyFile.
+    """
+    reloads: dict[str, Reload] = {}
+    count = {"updated": 0, "in sync": 0, "out of sync": 0, "skipped": 0, "failed": 0}
+    resources, findings = resources_of(options)
+    log_findings(findings)
     count["failed"] += len({finding.place for finding in findings if finding.level == "error"})
     total = len(resources) + count["failed"]
     if not resources and not findings:
@@ -8279,25 +8501,433 @@ def _reap_orphans() -> None:
         pass
 
 
-RENDER_RETRY = 60.0  # seconds at most between two passes while something fails
+# ---- the render loop ----------------------------------------------------------------------------------
+#
+# One poll loop over the watch, its probe, and the commands that run. Nothing in it waits but connecting and whole
+# reads, which have short deadlines, and a render, which asks nobody for anything.
+
+RETRY_FIRST, RETRY_LIMIT = 1.0, 60.0  # seconds: the first pause and the longest, after a failed render or reload
+READ_FIRST, READ_LIMIT = 0.5, 10.0  # the same between whole reads while etcd does not answer
+OUTAGE_SILENCE = 3.0  # seconds that etcd may be away before a log line tells it
+OUTAGE_REMINDER = 60.0  # seconds between two log lines about one outage
+FILES_INTERVAL = 2.0  # seconds between two looks at conf.d and templates: one stat(2) a file, no inotify needed
+SETTLE = 0.002  # seconds for the other parts of one revision to arrive, when several ranges are watched
+MISSED_PATIENCE = 5.0  # seconds that the watch has to tell of what a periodic whole read found changed
+MOST_CHECKS = 4  # check commands that run at a time
 
 
-def render_forever(source: Any, options: RenderOptions, interval: float) -> NoReturn:
-    """Render every interval seconds, sooner after a failure; ends with Stopped."""
-    reloads: dict[str, Reload] = {}
-    failures, first = 0, True
-    while True:
+def backoff(attempts: int, first: float, limit: float) -> float:
+    """Seconds to pause after so many failures (from 1 on) in a row: doubled each time, and half of it by chance."""
+    return min(limit, first * (1 << min(attempts - 1, 20))) * (0.5 + os.urandom(1)[0] / 512)
+
+
+class Due(Page):
+    """A resource in the loop. since, due: when the first change not rendered yet came, and when to render (0: no)."""
+
+    __slots__ = ("since", "due", "steps", "command", "told", "attempts", "done")
+
+    def __init__(self, resource: Resource, view: KeyTree, options: RenderOptions) -> None:
+        super().__init__(resource, view, options.templates, options.as_confd, Asked())
+        self.since = self.due = 0.0
+        self.steps: Iterator[Command] | None = None  # of a render that waits for its check command
+        self.command: Command | None = None
+        self.told, self.attempts = "", 0  # the last failure that was logged, failures in a row
+        self.done = False  # it was rendered at least once
+
+    def touch(self, quiet: float) -> None:
+        """It is to be rendered once no more change has come for its debounce time, at least quiet seconds."""
+        least, most = self.resource.debounce
+        moment = now()
+        self.since = self.since or moment
+        self.due = min(moment + max(least, quiet), self.since + max(most, quiet))
+
+    @property
+    def group(self) -> str:
+        """Resources that share commands are checked and swapped one after another."""
+        return self.resource.reload_cmd or self.resource.check_cmd
+
+
+class Renderer:
+    """Keeps the files of conf.d's resources what etcd's keys make them. run() ends with Stopped, or with Error."""
+
+    def __init__(self, source: Any, options: RenderOptions, interval: float, max_outage: float = 0.0,
+                 ready: Callable[[], None] | None = None) -> None:
+        """source: has read() and watch(), as Etcd and KeyFile; interval: seconds between whole reads; max_outage:
+        seconds without etcd after which to give up (0: never); ready: called once every file has been right."""
+        self.source, self.options, self.interval = source, options, interval
+        self.max_outage, self.ready = max_outage, ready
+        self.mirror = Mirror()
+        self.watch: Any = None
+        self.pages: list[Due] = []
+        self.views: dict[tuple[str, tuple[str, ...]], KeyTree] = {}
+        self.reloads: dict[str, Reload] = {}
+        self.reread = False  # SIGHUP has come
+        self._sound = True  # conf.d could be read whole
+        self._stamps: list[tuple[str, Any]] = []  # of conf.d's files
+        self._files_at = self._pass_at = self._read_at = 0.0
+        self._missed_at = float("inf")
+        self._reads_failed = 0
+        self._away_since = self._told_at = 0.0  # since when etcd is away; when that is to be told
+
+    def run(self) -> NoReturn:
+        """The loop."""
+        wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGHUP, self._on_hangup)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         try:
-            failures = failures + 1 if render_once(source, options, reloads) else 0
-        except UsageError as error:
-            if first:
-                raise
-            failures += 1
-            log.error(str(error))  # it was right at first, so conf.d has changed
-        first = False
-        _reap_orphans()
-        pause = min(interval, RENDER_RETRY, 2.0 ** min(failures - 1, 10)) if failures else interval
-        stop.during(time.sleep, pause * (0.75 + os.urandom(1)[0] / 1024) if failures else pause)
+            self._load(resources_of(self.options))
+            while True:
+                self._step()
+                poll = select.poll()
+                poll.register(wake, select.POLLIN)
+                for fd in self._descriptors():
+                    poll.register(fd, select.POLLIN)
+                stop.during(poll.poll, max(0, int((self._deadline() - now()) * 1000) + 1))
+                try:
+                    os.read(wake, 512)
+                except BlockingIOError:
+                    pass
+        finally:
+            self._abandon()
+            signal.set_wakeup_fd(-1)
+            for fd in (wake, wake_end):
+                os.close(fd)
+
+    def _on_hangup(self, number: int, frame: object) -> None:
+        self.reread = True
+
+    def _step(self) -> None:
+        """Everything that is due now."""
+        if stop.signal:
+            raise Stopped
+        if self.reread or now() >= self._files_at:
+            self._look_at_files()
+        self._follow()
+        self._advance_commands()
+        for page in self.pages:
+            if page.due and page.due <= now() and not page.steps and self.watch and self._may_start(page):
+                self._start(page)
+        for text, reload in list(self.reloads.items()):
+            busy = any(page.steps or page.since for page in self.pages if page.resource.reload_cmd == reload.template)
+            if not reload.command and reload.due <= now() and not (busy and reload.due == 0.0):
+                reload.command, reload.again = Command(text, reload.timeout), False
+                reload.command.start()
+        if self.ready and self._sound and self.watch and all(page.done for page in self.pages):
+            log.info("every template resource is rendered")
+            self.ready()
+            self.ready = None
+
+    def _descriptors(self) -> list[int]:
+        found: list[int] = self.watch.descriptors() if self.watch else []
+        for command in self._running():
+            found += command.descriptors()
+        return found
+
+    def _running(self) -> list[Command]:
+        """The commands that run: checks and reloads."""
+        commands = [page.command for page in self.pages] + [reload.command for reload in self.reloads.values()]
+        return [command for command in commands if command]
+
+    def _deadline(self) -> float:
+        """When something is due even if no descriptor has anything."""
+        times = [self._files_at, self._missed_at, self._pass_at if self.watch else self._read_at]
+        if self.watch:
+            times.append(self._read_at if self.watch.stale else self.watch.deadline)
+        if self._away_since:
+            times.append(self._told_at)
+            if self.max_outage:
+                times.append(self._away_since + self.max_outage)
+        for page in self.pages:
+            if page.due and not page.steps and self.watch and self._may_start(page):
+                times.append(page.due)
+        times += [reload.due for reload in self.reloads.values() if reload.due and not reload.command]
+        times += [command.wake_at for command in self._running()]
+        return min(times)
+
+    # -- conf.d and templates
+
+    def _look_at_files(self) -> None:
+        """Read conf.d again if it has changed or we were told to, and render what a changed template belongs to."""
+        self._files_at = now() + FILES_INTERVAL
+        if not self._running():
+            _reap_orphans()
+        stamps = conf_stamps(self.options.confdir)
+        if self.reread or stamps != self._stamps:
+            log.info("reading conf.d again")
+            self.reread = False
+            try:
+                self._load(resources_of(self.options))
+            except Error as error:
+                log.error(str(error))
+            return
+        for page in self.pages:
+            if any(file_stamp(path) != stamp for path, stamp in page.stamps.items()):
+                page.stamps.clear()
+                page.touch(0.0)
+
+    def _load(self, loaded: tuple[list[Resource], list[Finding]]) -> None:
+        """Take over the resources of conf.d. What has an error now but had none before goes on as it was."""
+        resources, findings = loaded
+        log_findings(findings)
+        self._stamps, self._files_at = conf_stamps(self.options.confdir), now() + FILES_INTERVAL
+        wrong = {finding.path for finding in findings if finding.level == "error"}
+        self._sound = not wrong
+        old = {page.resource.name: page for page in self.pages}
+        kept = [page.resource for page in self.pages if page.resource.path in wrong
+                and page.resource.name not in {resource.name for resource in resources}]
+        if not resources and not kept and not findings:
+            log.warning("Found no templates")
+        self._abandon_checks()
+        self.views, self.pages = {}, []
+        for resource in (*resources, *kept):
+            page = Due(resource, self._view(resource), self.options)
+            if resource.name in old:
+                page.done = old[resource.name].done
+            page.touch(0.0)
+            self.pages.append(page)
+        wanted = top_keys(self._keys())
+        if self.watch is None or wanted != self.watch.keys:
+            self._close_watch()
+
+    def _keys(self) -> list[str]:
+        return [key for page in self.pages for key in page.resource.lookups]
+
+    def _view(self, resource: Resource) -> KeyTree:
+        """What a resource sees of the mirror; the same for those that see the same."""
+        seen = resource.prefix, resource.keys
+        if seen not in self.views:
+            self.views[seen] = self.mirror.tree.under(*seen)
+        return self.views[seen]
+
+    # -- etcd
+
+    def _follow(self) -> None:
+        """Read whole or take events, as it is; let the resources know."""
+        if self.watch is None or self.watch.stale:
+            if now() >= self._read_at:
+                self._read_whole()
+        elif now() >= self._pass_at and self.watch.open:
+            self._full_pass()
+        if self.watch and not self.watch.stale:
+            events = self.watch.step()
+            changed = self.mirror.apply(events) if events else {}
+            if self.mirror.doubtful and events:
+                self.watch.stale = "keys are spelled in two ways"
+            elif changed:
+                log.debug(f"revision {self.mirror.tree.revision}: {len(changed)} keys changed")
+                self._tell(changed, SETTLE if len(self.watch.keys) > 1 else 0.0)
+            if self.watch.stale:
+                log.info(f"reading all keys again: {self.watch.stale}")
+                self._read_at = 0.0
+        if now() >= self._missed_at:
+            self._missed_at = float("inf")
+            missed = self.mirror.unexplained()
+            if missed:
+                log.error(f"a bug: the watch has missed changes of {len(missed)} keys, as {', '.join(missed[:5])};"
+                          " they are rendered now")
+        self._mind_outage()
+
+    def _read_whole(self) -> None:
+        try:
+            keys = self._keys()
+            revision, pairs = stop.during(self.source.read, keys) if keys else (0, [])
+        except Error as error:
+            if isinstance(error, UsageError) and not self._reads_failed and self.mirror.tree.revision == 0:
+                raise  # as a certificate that is no PEM: waiting will not help
+            self._reads_failed += 1
+            self._read_at = now() + backoff(self._reads_failed, READ_FIRST, READ_LIMIT)
+            self._away(error)
+            return
+        self._reads_failed, self._read_at = 0, 0.0
+        changed = self.mirror.replace(revision, pairs)
+        if self.watch is None:
+            self.watch = self.source.watch(keys, revision)
+            self._next_pass()
+        else:
+            self._read_at = now() + backoff(1, READ_FIRST, READ_LIMIT)  # the soonest time for another one
+            self.watch.restart(revision)
+        self._tell(changed, 0.0)
+
+    def _full_pass(self) -> None:
+        """Compare the mirror with etcd, and every file with what it should be."""
+        self._next_pass()
+        try:
+            keys = self._keys()
+            revision, pairs = stop.during(self.source.read, keys) if keys else (0, [])
+        except Error as error:
+            log.warning(f"the periodic pass is put off: {error}")
+            self._pass_at = now() + RETRY_LIMIT
+            return
+        self._tell(self.mirror.compare(revision, pairs), 0.0)
+        self._missed_at = now() + MISSED_PATIENCE
+        for page in self.pages:
+            page.touch(0.0)
+
+    def _next_pass(self) -> None:
+        self._pass_at = now() + self.interval * (0.95 + os.urandom(1)[0] / 2560)
+
+    def _tell(self, changed: Mapping[str, bool], quiet: float) -> None:
+        """Bring the views up to date, and have those resources rendered that have asked for what changed."""
+        values = self.mirror.tree.values_by_key
+        for (prefix, keys), view in self.views.items():
+            inside = at_or_below([clean_key(prefix, key) for key in keys])
+            top = clean_key(prefix).rstrip("/")
+            seen: dict[str, bool] = {}
+            for key, came_or_went in changed.items():
+                if inside(key):
+                    name = key.removeprefix(top) or "/"
+                    seen[name] = came_or_went
+                    if key in values:
+                        view.put(name, values[key])
+                    else:
+                        view.delete(name)
+            for page in self.pages if seen else ():
+                if page.view is view and page.asked and page.asked.touched(seen):
+                    page.attempts = 0
+                    page.touch(quiet)
+
+    def _close_watch(self) -> None:
+        if self.watch:
+            self.watch.close()
+        self.watch, self._read_at = None, 0.0
+
+    # -- etcd is away
+
+    def _away(self, error: Error) -> None:
+        if not self._away_since:
+            self._away_since = now()
+            self._told_at = now() + (OUTAGE_SILENCE if self.watch else 0.0)
+        if now() >= self._told_at:
+            log.warning(f"waiting for etcd: {error}", away=f"{now() - self._away_since:.0f}s")
+            self._told_at = now() + OUTAGE_REMINDER
+        if self.max_outage and now() - self._away_since >= self.max_outage:
+            gone = EtcdUnreachable("", "render", f"etcd was away for {self.max_outage:g} s (--max-outage): {error}")
+            raise gone
+
+    def _mind_outage(self) -> None:
+        """Tell, once a minute, that etcd is away, and when it is back."""
+        if self.watch and self.watch.failure:
+            self._away(self.watch.failure)
+        elif self._away_since and self.watch and self.watch.open:
+            if self._told_at > self._away_since + OUTAGE_SILENCE:
+                log.info(f"etcd is back after {now() - self._away_since:.1f}s")
+            self._away_since = 0.0
+
+    # -- renders and commands
+
+    def _may_start(self, page: Due) -> bool:
+        running = [other for other in self.pages if other.steps]
+        return len(running) < MOST_CHECKS and not any(page.group and other.group == page.group for other in running)
+
+    def _start(self, page: Due) -> None:
+        """Render a resource, up to its check command if it needs one."""
+        page.since = page.due = 0.0
+        try:
+            text = page.text()
+        except Skipped as skipped:
+            self._told(page, f'{page.resource.dest} skipped: {skipped} (on_missing = "skip")', "info")
+            page.done, page.attempts = True, 0
+            return
+        except Exception as error:
+            self._failed(page, error)
+            return
+        page.steps = render_steps(page.resource, text, self.options, self.reloads, quiet=bool(page.told))
+        self._go_on(page)
+
+    def _go_on(self, page: Due) -> None:
+        """Take the next step of a render: to its end, or until it needs a command."""
+        assert page.steps
+        try:
+            page.command = next(page.steps)
+            page.command.start()
+            return
+        except StopIteration:
+            if page.told:
+                log.info(f"{page.resource.dest} is right again")
+            page.told, page.attempts, page.done = "", 0, True
+        except Exception as error:
+            self._failed(page, error)
+        page.steps = page.command = None
+
+    def _failed(self, page: Due, error: Exception) -> None:
+        """Tell a failure, once for each cause, and try again later."""
+        page.attempts += 1
+        why = reason(error) if isinstance(error, (Error, OSError)) else bug(error)
+        self._told(page, f"cannot render {page.resource.dest}: {why} ({page.resource.name})", "error")
+        if not page.due:
+            page.since = now()
+            page.due = now() + backoff(page.attempts, RETRY_FIRST, RETRY_LIMIT)
+
+    def _told(self, page: Due, message: str, level: str) -> None:
+        log("debug" if page.told == message else level, message)
+        page.told = message
+
+    def _advance_commands(self) -> None:
+        for page in self.pages:
+            if page.command and page.command.advance():
+                page.command = None
+                self._go_on(page)
+        for text, reload in list(self.reloads.items()):
+            command = reload.command
+            if not command or not command.advance():
+                continue
+            reload.command = None
+            if command.failure:
+                reload.attempts += 1
+                reload.due = now() + backoff(reload.attempts, RETRY_FIRST, RETRY_LIMIT)
+                message = f"cannot reload after the change of {reload.dest}: {command.failure}: {text}"
+                if reload.told != message:
+                    log_output(command, f"reload_cmd of {reload.dest}", reload.secret)
+                log("debug" if reload.told == message else "error", message)
+                reload.told = message
+                continue
+            log_output(command, f"reload_cmd of {reload.dest}", reload.secret)
+            if reload.told:
+                log.info(f"reloaded after the change of {reload.dest}: {text}")
+            if reload.again:
+                reload.told, reload.attempts, reload.due = "", 0, 0.0
+            else:
+                del self.reloads[text]
+
+    def _abandon_checks(self) -> None:
+        """Kill the check commands that run, and take their stage files away."""
+        for page in self.pages:
+            if page.command:
+                page.command.deadline = now()
+                finish_command(page.command)
+            if page.steps:
+                page.steps.close()  # type: ignore[attr-defined]
+            page.steps = page.command = None
+
+    def _abandon(self) -> None:
+        """Leave nothing behind: no stage file, no command. Reloads that run or are due have STOP_GRACE to end."""
+        self._abandon_checks()
+        for text, reload in self.reloads.items():
+            if not reload.command and not reload.attempts:
+                reload.command = Command(text, STOP_GRACE)
+                reload.command.start()
+            if reload.command:
+                finish_command(reload.command, STOP_GRACE)
+        self._close_watch()
+
+
+def tell_ready(fd: int = -1, environ: Mapping[str, str] = os.environ) -> None:
+    """Say that we are ready: a newline to fd, which is then closed (s6), and READY=1 to $NOTIFY_SOCKET (systemd)."""
+    try:
+        if fd >= 0:
+            os.write(fd, b"\n")
+            os.close(fd)
+    except OSError as error:
+        log.warning(f"cannot tell readiness to descriptor {fd}: {reason(error)}")
+    address = environ.get("NOTIFY_SOCKET", "")
+    if address:
+        try:
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            link.connect("\0" + address[1:] if address[0] == "@" else address)
+            link.send(b"READY=1")
+            link.close()
+        except OSError as error:
+            log.warning(f"cannot tell readiness to {address}: {reason(error)}")
 
 
 # ---- what can be told without etcd --------------------------------------------------------------------
@@ -10741,6 +11371,7 @@ FLAGS = {row.name: row for row in (
     Flag("diff", "flag", "", "print a unified diff of every file that changes"),
     Flag("sync-only", "flag", "", "run neither check_cmd nor reload_cmd"),
     Flag("root", "text", "DIR", "put the destinations below DIR, making directories there; commands run as always"),
+    Flag("notify-fd", "text", "FD", "write a newline to this descriptor once every file has been rendered (s6)"),
     Flag("up", "flag", "", "wait until they are up"),
     Flag("ready", "flag", "", "wait until they have said that they are ready (the default); up, if they cannot say it"),
     Flag("down", "flag", "", "wait until they are down"),
@@ -10753,6 +11384,7 @@ FLAGS = {row.name: row for row in (
 )}
 
 _VALUE_WORDS = {"confdir": "DIR", "compat": "confd", "prefix": "KEY", "node": "URL", "api": "2|3", "interval": "TIME",
+                "max-outage": "TIME",
                 "log-level": "LEVEL", "log-format": "FORMAT",
                 "services": "DIR", "run": "DIR", "grace": "TIME", "signals": "SIGNAL=ACTION"}
 _KEY_FLAGS = ("keys", "node", "api", "prefix")  # where keys come from
@@ -10906,7 +11538,7 @@ def _default_text(row: ResourceKey) -> str:
         return "false"
     if row.kind == "duration":
         return f'"{row.default:g}s"'
-    return f'"{row.default}"' if row.default and row.kind != "number" else ""
+    return f'"{row.default}"' if row.default and row.kind not in ("number", "min[:max]") else ""
 
 
 # ---- what confd's users type --------------------------------------------------------------------------
@@ -10986,6 +11618,17 @@ def _as_confd(flags: Mapping[str, Any]) -> bool:
     return bool(peer)
 
 
+def descriptor(text: str) -> int:
+    """The number of a descriptor that is open, -1 for none. UsageError."""
+    try:
+        number = int(text)
+        if number >= 0:
+            os.fstat(number)
+    except (ValueError, OSError):
+        raise UsageError(f'cannot use --notify-fd: "{text}" is no open descriptor') from None
+    return number
+
+
 def render_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit render."""
     options = RenderOptions(setting("confdir", flags), setting("prefix", flags), _as_confd(flags), words,
@@ -10998,7 +11641,8 @@ def render_verb(words: list[str], flags: dict[str, Any]) -> int:
     try:
         if flags.get("once"):
             return render_once(source, options)
-        render_forever(source, options, interval)
+        notify_fd = descriptor(flags.get("notify-fd") or "-1")
+        Renderer(source, options, interval, setting("max-outage", flags), lambda: tell_ready(notify_fd)).run()
     except Stopped:
         log.info(f"Captured {'interrupt' if stop.signal == signal.SIGINT else 'terminated'}. Exiting...")
         return 128 + stop.signal if flags.get("once") else EXIT_OK
@@ -11232,10 +11876,11 @@ def _svscan_command(run: str, byte: str) -> None:
 
 VERBS = {row.name: row for row in (
     Verb("render", "[RESOURCE ...]",
-         ("once", "interval", "confdir", "dry-run", "diff", "sync-only", "root", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
+         ("once", "interval", "max-outage", "notify-fd", "confdir",
+          "dry-run", "diff", "sync-only", "root", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
          "Render the template resources of conf.d: check, swap in, reload.\n"
-         "Without --once it goes on doing so every --interval. RESOURCE is a file of conf.d or a destination; "
-         "without any, all are rendered.",
+         "Without --once it stays and follows etcd: a change is in the files within milliseconds. RESOURCE is a file "
+         "of conf.d or a destination; without any, all are rendered.",
          "etcdinit render --once --node http://10.0.0.1:2379\n"
          "etcdinit render --once --dry-run --diff --keys keys.json nginx", render_verb),
     Verb("check", "", ("confdir", "prefix", "compat", *_LOG_FLAGS),

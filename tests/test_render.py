@@ -875,16 +875,16 @@ def test_the_loop_survives_failures_and_retries_them_soon(image: Image) -> None:
     log, flag = image.home / "log", image.home / "flag"
     dest = image.resource("a", '{{getv "/x"}}', reload_cmd=f"cat {flag}")
     process = start(image, "--interval", "1h")
-    eventually(lambda: "1 failed" in log.read_text())
+    eventually(lambda: "key does not exist: /x" in log.read_text())
     image.keys({"x": "1"})
     eventually(lambda: dest.exists(), what="rendered long before the interval is over")
     eventually(lambda: "cannot reload after the change" in log.read_text())
     assert process.poll() is None
     flag.write_text("now the reload that was due succeeds")
-    eventually(lambda: log.read_text().endswith("INFO 1 template resources: 1 in sync\n"))
+    eventually(lambda: "reloaded after the change" in log.read_text())
     proc = Path(f"/proc/{process.pid}")
     assert (proc / "task" / str(process.pid) / "children").read_text() == ""  # no child is left, not even a zombie
-    assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2"]
+    assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2", "3", "4"]  # 3 and 4: the pipe through which signals wake
     process.terminate()
     assert process.wait(20) == 0
 
@@ -898,7 +898,8 @@ def test_told_to_stop_in_a_check(image: Image, once: bool, code: int) -> None:
     eventually(lambda: (image.out / "pid").exists() and (image.out / "pid").read_text().strip())
     process.terminate()
     assert process.wait(30) == code
-    assert (dest.read_text(), image.stages(), other.exists()) == ("old", [], False)
+    assert (dest.read_text(), image.stages()) == ("old", [])
+    assert not (once and other.exists())  # the loop renders others while a check runs
     assert not alive(int((image.out / "pid").read_text()))
 
 
