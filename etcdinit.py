@@ -5611,10 +5611,12 @@ def _lex_action(text: str, position: int, keywords: frozenset[str]) -> Any:
             kind, end, error = _lex_number(text, position, end)
         elif kind in ("word", "field", "variable"):
             if not value.isascii():
-                end = position + 1
+                end = position + (kind != "word")
                 while end < len(text) and _is_alphanumeric(text[end]):
                     end += 1
-            if not (text[end:end + 1] in ("", " ", "\t", "\r", "\n", *".,|:()") or text.startswith("}}", end)):
+            if end == position:
+                error = f"unrecognized character in action: {sharp_u(text[end])}"
+            elif not (text[end:end + 1] in ("", " ", "\t", "\r", "\n", *".,|:()") or text.startswith("}}", end)):
                 error = f"bad character {sharp_u(text[end])}"
             value = text[position:end]
             if kind == "word":
@@ -6247,17 +6249,16 @@ def _field(receiver: Any, name: str, origin: Any, missingkey: str) -> Any:
           + ("interface {}" if type(origin) in (list, dict) else go_type(receiver)))
 
 
-def _method(receiver: Any, name: str) -> Callable[..., Any]:
+def _method(receiver: Any, name: str, origin: Any = None, missingkey: str = "") -> Callable[..., Any]:
     """The method of a value as a function that checks its arguments; a field or key cannot take arguments."""
-    if receiver is INVALID:
-        return lambda *arguments: INVALID
-    if receiver is None:
-        _fail(f"nil pointer evaluating interface {{}}.{name}")
     function = GO_METHODS.get(type(receiver), {}).get(name)
     if function is None:
-        if name in GO_FIELDS.get(type(receiver), ()) or isinstance(receiver, dict):
+        if name in GO_FIELDS.get(type(receiver), ()):
+            _fail(f"{name} has arguments but cannot be invoked as function")
+        if isinstance(receiver, dict):
             _fail(f"{name} is not a method but has arguments")
-        _fail(f"can't evaluate field {name} in type {go_type(receiver)}")
+        nothing = _field(receiver, name, origin, missingkey)
+        return lambda *arguments: nothing
 
     def call(*arguments: Any) -> Any:
         if error := _wrong_count(function, len(arguments)):
@@ -6554,6 +6555,7 @@ class _Compiler:
         self.entries: dict[str, str] = {}  # by template name: the function's
         self.places: list[tuple[Any, str, str]] = [(None, "", "")]  # by line: node, template, function called
         self.tree = ""  # the template that is compiled now
+        self.last_origin: Any = None  # what the fields came out of that were compiled last
         self.serial = self.temporary = 0
         self.lasts: dict[Any, Any] = {}
         self.known_names: dict[tuple[str, Any], Any] = {}
@@ -6561,10 +6563,12 @@ class _Compiler:
         self.load, self.store = ast.Load(), ast.Store()
         self.world: dict[str, Any] = {
             "__builtins__": {}, "INVALID": INVALID, "type": type, "dict": dict, "str": str, "int": int, "bool": bool,
-            "float": float, "fail": _fail, "method": _method, "convert": _convert, "elements": _elements,
+            "float": float, "fail": _fail, "convert": _convert, "elements": _elements,
             "items": _items, "show": print_value, "put": dict.__setitem__, "equal": _equal_two,
             "field": lambda receiver, name, origin: _field(receiver, name, origin, missingkey),
-            "within": lambda value, origin: _INTERFACE if type(origin) in (list, dict) else value, "JSON": {},
+            "method": lambda receiver, name, origin: _method(receiver, name, origin, missingkey),
+            "within": lambda value, origin: (
+                _INTERFACE if type(origin) in (list, dict) and value is not INVALID else value),
             "form": lambda form, value: sprintf(form, None if value is INVALID else value),
         }
 
@@ -6739,10 +6743,14 @@ class _Compiler:
         bound, name = self.bind(value)
         return self.either(self.has_type(bound, "str"), name, self.call("show", name))
 
-    def block(self, nodes: Sequence[Any], scope: _Scope) -> list[Any]:
-        """The statements of a nested list; where the nesting gets too deep, the call of a function that holds them."""
+    def block(self, nodes: Sequence[Any], scope: _Scope, of_range: bool = False) -> list[Any]:
+        """The statements of a nested list; where the nesting gets too deep, the call of a function that holds them.
+
+        of_range: it stands behind the {{else}} of a {{range}}, where {{break}} means that range, which is over.
+        """
         statements: list[Any] = []
-        if not scope.boxed or scope.nesting % _MAX_NESTING:
+        ends_range = of_range and any(_jumps(node) for node in nodes)
+        if not ends_range and (not scope.boxed or scope.nesting % _MAX_NESTING):
             self.nodes(nodes, scope, statements)
             return statements or [self.make(ast.Pass, 0)]
         name = f"block{self.number()}"
@@ -6753,6 +6761,8 @@ class _Compiler:
         if not any(_jumps(node) for node in nodes):
             return [self.make(ast.Expr, 0, call)]
         bound, left = self.bind(call)  # None, "break" or "continue"
+        if ends_range:
+            bound = self.compare(bound, ast.Eq(), self.constant("continue"))
         if scope.loop == "return":
             leave = self.make(ast.Return, 0, left)
         else:
@@ -6784,7 +6794,8 @@ class _Compiler:
         else:
             declared = inside.variables[len(scope.variables) - len(node.pipe.names):]
             numbers = [number for _, number, _ in declared]
-            inside.variables += [(name, number, origin) for name, number, _ in declared]
+            name, number, _ = inside.variables.pop() if declared else ("", 0, 0)
+            inside.variables += [(name, number, origin)] * bool(declared)  # a key or index came out of nothing
         values = [index, dot] if pairs else [dot]
         body = [self.make(ast.Expr, 0, self.keep(inside, number, self.name(value_name)))
                 for number, value_name in zip(numbers, values, strict=False) if number is not None]
@@ -6797,7 +6808,7 @@ class _Compiler:
             return
         bound, name = self.bind(things)
         loop = self.make(ast.For, 0, target, name, body, [], None)
-        into.append(self.make(ast.If, 0, bound, [loop], self.block(node.otherwise, scope)))
+        into.append(self.make(ast.If, 0, bound, [loop], self.block(node.otherwise, scope, of_range=True)))
 
     def invoke(self, node: _Invoke, scope: _Scope, into: list[Any]) -> None:
         """{{template}}: a call of another function, one level deeper."""
@@ -6872,7 +6883,7 @@ class _Compiler:
             return self.parentheses(word, scope)
         if type(word) is _Chain or word.kind in ("field", "variable") and word.value[word.kind == "variable":]:
             receiver, names, origin = self.receiver(word, scope)
-            return self.fields(receiver, names, origin, self.last(word)), "any"
+            return self.fields(receiver, names, origin, self.last(word))[0], "any"
         if word.kind == "variable":
             return self.variable(word, scope)[0], "any"
         if word.kind == "dot":
@@ -6902,8 +6913,8 @@ class _Compiler:
         """An expression for what a value came out of (see _Scope)."""
         return self.read(scope, number) if number else self.constant(None)
 
-    def fields(self, value: Any, names: Sequence[str], origin: Any, node: Any) -> Any:
-        """value.name.name...: dict lookups at once, all else through _field."""
+    def fields(self, value: Any, names: Sequence[str], origin: Any, node: Any) -> tuple[Any, Any]:
+        """value.name.name... (dict lookups at once, all else through _field), and the origin of that."""
         line = self.place(node, names[-1] if names else "")
         for name in names:
             bound, local = (value, value) if type(value) is ast.Name else self.bind(value)
@@ -6914,16 +6925,17 @@ class _Compiler:
                 get = self.make(ast.Attribute, 0, local, "get", self.load)
                 fast = self.make(ast.Call, 0, get, [self.constant(name), self.name("INVALID")], [])
                 value = self.either(self.has_type(bound, "dict"), fast, slow)
-            origin = self.name("JSON")  # the value of a field is seen as an interface
-        return value
+            origin = local
+        self.last_origin = origin
+        return value, origin
 
     def access(self, word: Any, arguments: Sequence[Any], final: tuple[Any, str] | None,
                scope: _Scope) -> tuple[Any, str]:
         """Fields, the last of which gets arguments: it must be a method."""
         receiver, names, origin = self.receiver(word, scope)
-        value = self.fields(receiver, names[:-1], origin, self.last(word))
+        value, origin = self.fields(receiver, names[:-1], origin, self.last(word))
         line = self.place(self.last(word), names[-1])
-        method = self.call("method", value, self.constant(names[-1]), line=line)
+        method = self.call("method", value, self.constant(names[-1]), origin, line=line)
         values = [self.argument(argument, "any", scope) for argument in arguments]
         if final is None:
             return self.make(ast.Call, line, method, values, []), "any"
@@ -6951,11 +6963,12 @@ class _Compiler:
             if inline is not None:
                 value = inline
             else:
-                values = [self.argument(argument, want, scope)
-                          for argument, want in zip(arguments, wanted, strict=False)]
-                if function is BUILTINS["slice"]:  # Go's slice does not look into interfaces for its indexes
-                    values[1:] = [self.interface(value, argument, scope)
-                                  for value, argument in zip(values[1:], arguments[1:], strict=True)]
+                values: list[Any] = []
+                for argument, want in zip(arguments, wanted, strict=False):
+                    value = self.argument(argument, want, scope)
+                    if values and function is BUILTINS["slice"]:  # its indexes: Go does not look into interfaces
+                        value = self.interface(value, argument, scope)
+                    values.append(value)
                 if final:
                     at = arguments[-1] if arguments else word
                     values.append(self.converted(last, final[1], wanted[len(arguments)], at))
@@ -6982,7 +6995,7 @@ class _Compiler:
         """The value of an operand, or _INTERFACE if Go sees it as the content of a map or list."""
         if type(word) is _Chain or type(word) is _Word and (
                 word.kind == "field" or word.kind == "variable" and len(word.value) > 1):
-            return self.call("within", value, self.name("JSON"))
+            return self.call("within", value, self.last_origin)
         if type(word) is _Word and word.kind in ("dot", "variable"):
             number = scope.origin if word.kind == "dot" else self.variable(word, scope)[1]
             return self.call("within", value, self.origin(scope, number))
@@ -7036,6 +7049,7 @@ class _Compiler:
         value = word.value
         if word.kind == "number":
             value = value.integer if wanted == "int" else value.floating if wanted == "float64" else None
+            value = None if wanted == "int" and value and value >= 1 << 63 else value
         elif word.kind != wanted:
             value = None
         if value is None:
@@ -7085,6 +7099,8 @@ def _nesting(nodes: Sequence[Any]) -> int:
             depth = _nesting([node.pipe])
         elif type(node) is _Branch:
             depth = 1 + max(_nesting([node.pipe]), _nesting(node.body), _nesting(node.otherwise or ()))
+            if node.keyword == "range" and any(_jumps(inner) for inner in node.otherwise or ()):
+                depth = _MAX_NESTING + 1  # see _Compiler.block
         deepest = max(deepest, depth)
     return deepest
 

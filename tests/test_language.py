@@ -78,6 +78,52 @@ def test_bytes_that_were_cut_out_of_a_character_stay_bytes_and_meet_again() -> N
     assert render('{{len "é"}} {{index "é" 1}} {{printf "%T" (index "é" 1)}}') == "2 169 uint8"
 
 
+# ---- corners that the comparison with Go has found -----------------------------------------------------
+
+USERS = {"users": [{"n": "ann", "tags": ["x"]}, {"n": "bob", "tags": []}, {"n": "cy", "tags": None}],
+         "list": ["a", "b", "c"], "m": {"k": "v"}, "s": "text"}
+
+
+@pytest.mark.parametrize(("text", "output"), [
+    ("{{range .users}}{{.n}}{{range .tags}}{{else}}{{break}}{{end}} {{end}}", "ann bob cy "),
+    ("{{range .users}}{{.n}}{{range .tags}}{{else}}-{{continue}}{{end}} {{end}}", "ann bob-cy-"),
+    ("{{range .users}}{{.n}}{{range .tags}}{{else}}{{if true}}-{{break}}{{end}}{{end}} {{end}}", "ann bob- cy- "),
+    ("{{$z := 0}}{{range .users}}{{range .tags}}{{else}}{{$z = 7}}{{break}}{{end}}{{$z}}{{end}}", "077"),
+    ("{{range .users}}{{range .tags}}{{else}}{{range $.list}}{{break}}{{end}}r{{break}}s{{end}}x{{end}}", "xrxrx"),
+])
+def test_break_behind_the_else_of_a_range_ends_only_that_range(text: str, output: str) -> None:
+    assert render(text, USERS) == output
+
+
+def test_the_index_of_a_range_is_a_plain_int_and_its_key_a_plain_string() -> None:
+    assert render("{{range $i, $x := .list}}{{slice $.list $i}}{{end}}", USERS) == "[a b c][b c][c]"
+    for text, found in (("{{range $i, $x := .list}}{{$i.x}}{{end}}", "int"),
+                        ("{{range $k, $v := .m}}{{$k.x}}{{end}}", "string"),
+                        ("{{range $k, $v := .m}}{{$v.x}}{{end}}", "interface {}")):
+        assert f"can't evaluate field x in type {found}" in str(error_of(text, USERS))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{{.s.x 1}}", "at <.s.x>: can't evaluate field x in type interface {}"),
+    ('{{(get "/k").Key 1}}', 'at <"/k">: Key has arguments but cannot be invoked as function'),
+    ('{{(get "/k").Key.x}}', 'at <"/k">: can\'t evaluate field x in type string'),
+    ("{{slice .list .missing}}", "error calling slice: cannot index slice/array with nil"),
+    ("{{slice .list .s}}", "error calling slice: cannot index slice/array with type interface {}"),
+    ('{{slice .list (get "/k").Value}}', "error calling slice: cannot index slice/array with type string"),
+    ("{{add 9223372036854775808 1}}", "at <9223372036854775808>: expected integer; found 9223372036854775808"),
+    ("{{²}}", "unrecognized character in action: U+00B2 '²'"),
+])
+def test_errors_are_told_as_go_sees_the_value(text: str, message: str) -> None:
+    functions = etcdinit.store_functions({"/k": "v"})
+    assert str(error_of(text, USERS, functions=functions)).endswith(message)
+
+
+def test_a_field_with_arguments_of_nothing_obeys_missingkey() -> None:
+    assert str(error_of("{{(index . `a`).b 1}}", {}, missingkey="error")).endswith(
+        'nil data; no entry for key "b"')
+    assert render("{{(index . `a`).b 1}}", {}) == "<no value>"
+
+
 # ---- nothing of Python is in reach --------------------------------------------------------------------
 
 PYTHON_NAMES = ("__class__", "__init__", "__globals__", "__builtins__", "__import__", "get", "append", "keys", "items",
