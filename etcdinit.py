@@ -1180,6 +1180,7 @@ MAX_HEAD = 64 * 1024  # bytes of status line and header fields
 MAX_ANSWER = 16 * 1024 * 1024  # bytes of one answer; a v3 range that is larger is asked in smaller pages
 MAX_ANSWER_V2 = 64 * 1024 * 1024  # the v2 API has no pages
 PAGE = 5000  # keys in one range answer: fewer cost etcd more, as it counts what remains for each page
+MAX_KEYS = 5_000_000  # of one read
 MAX_RESTARTS = 5  # of a paged read whose revision was compacted meanwhile
 
 
@@ -1991,12 +1992,12 @@ class Etcd:
         tops = top_keys(keys)
         if not tops:
             return 0, []
-        return self._read_v2(tops) if self._version() == 2 else self._read_v3(tops)
+        return self._read_v2(tops) if self._version(f"read {', '.join(tops)}") == 2 else self._read_v3(tops)
 
     def get(self, key: str) -> str | None:
         """The value of one key, None if there is none."""
         request = f"read {key}"
-        if self._version() == 2:
+        if self._version(request) == 2:
             answer = self._v2("GET", v2_target(key, "quorum=true"), request, missing=True)
             node = answer[1]
             return None if node is None or node.get("dir") else _v2_text(str(node.get("value", "")))
@@ -2004,16 +2005,16 @@ class Etcd:
         pairs = self._v3_pairs(data, request)
         return pairs[0][1] if pairs else None
 
-    def _version(self) -> int:
-        """2 or 3: what was asked for, or what the server has."""
+    def _version(self, request: str) -> int:
+        """2 or 3: what was asked for, or what the server has; the request is what that is asked for."""
         if not self.api:
             try:
-                self._v3("/kv/range", {"key": "AA==", "count_only": True}, "find out the API")
+                self._v3("/kv/range", {"key": "AA==", "count_only": True}, request)
                 self.api = 3
             except EtcdDenied:
                 self.api = 3  # it is there
             except EtcdNoGateway:
-                self._v2("GET", v2_target("/", "quorum=true"), "find out the API", missing=True)
+                self._v2("GET", v2_target("/", "quorum=true"), request, missing=True)
                 self.api = 2
                 log.debug("the server has no v3 gateway, using the v2 API")
         return self.api
@@ -2071,6 +2072,8 @@ class Etcd:
             pairs += page
             revision = revision or int(data["header"]["revision"])
             more = bool(data.get("more")) and bool(page)
+            if more and (key_bytes(page[-1][0]) < start or len(pairs) > MAX_KEYS):  # it would go on for ever
+                raise EtcdTooBig(self._endpoint(), request, f"more than {len(pairs)} keys, or the same ones again")
             if more:
                 start = key_bytes(page[-1][0]) + b"\0"
         return revision

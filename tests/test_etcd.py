@@ -489,6 +489,15 @@ def test_pages_are_halved_when_they_are_larger_than_our_own_bound(etcd: EtcdServ
     client.close()
 
 
+def test_pages_that_never_end_are_noticed(fake: FakeEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        fake.put(f"/k/{number}", "x")
+    whole = fake.v3.range
+    fake.v3.range = lambda body, revision: {**whole({**body, "key": b64("/k")}, revision), "more": True}  # type: ignore
+    with pytest.raises(EtcdTooBig, match="cannot read /k at .*the same ones again"):
+        impatient(fake.url).read(["/k"])
+
+
 @pytest.mark.parametrize("bases", [("/v3beta",), ("/v3beta", "/v3alpha"), ("/v3alpha",)])
 def test_the_gateway_of_older_servers_is_found(bases: tuple[str, ...]) -> None:
     with FakeEtcd("3.4", bases=bases, v2=False) as fake:
