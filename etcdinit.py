@@ -1170,11 +1170,12 @@ def host_addresses(host: str) -> list[str]:
 
 CONNECT_TIMEOUT = 2.0  # seconds until a connection stands
 ANSWER_TIMEOUT = 5.0  # seconds for a request over all endpoints; below the 7 s after which etcd itself gives up
-SHORTEST_TRY = 0.2  # part of that time that an endpoint gets at least before the next is asked
+FIRST_TRY = 0.2  # part of that time that one of several endpoints gets in the first round; doubled in each further one
 BACKOFF_FIRST, BACKOFF_LONGEST = 0.1, 1.0  # seconds between rounds over all endpoints while none can serve
 CIRCUIT_FIRST, CIRCUIT_LONGEST = 1.0, 30.0  # seconds for which an endpoint that failed is asked last
+NOT_NOW = 0.1  # the same, for one that answers that it cannot serve now
 SRV_PATIENCE = 15.0  # seconds that DNS gets at start to know the SRV name: it may come up later than we
-SRV_SHORTEST, SRV_RETRY = 5, 30.0  # seconds: the least time between two lookups; until the next after a failed one
+SRV_SHORTEST, SRV_RETRY = 5, 60.0  # seconds: the least time between two lookups; until the next after a failed one
 SLOWEST_ANSWER = 256 * 1024  # bytes a second that a large answer must bring to be waited for beyond that
 MAX_HEAD = 64 * 1024  # bytes of status line and header fields
 MAX_ANSWER = 16 * 1024 * 1024  # bytes of one answer; a v3 range that is larger is asked in smaller pages
@@ -1194,7 +1195,8 @@ class EtcdError(Error):
     """
 
     def __init__(self, endpoint: str, request: str, text: str, code: int | None = None) -> None:
-        super().__init__(f"cannot {request} at etcd {endpoint}: {text}" if endpoint else f"cannot {request}: {text}")
+        where = f" at etcd {endpoint}" if endpoint else ""
+        super().__init__(f"cannot {printable(request)}{where}: {text}")
         self.endpoint, self.request, self.text, self.code = endpoint, request, text, code
 
 
@@ -1404,10 +1406,10 @@ class Endpoint:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}"
 
-    def failed(self, why: str) -> None:
-        """Open the circuit: each failure in a row doubles the time for which others are asked first."""
+    def failed(self, why: str, longest: float = CIRCUIT_LONGEST) -> None:
+        """Open the circuit: each failure in a row doubles the seconds, up to longest, for which others go first."""
         self.failures, self.trouble = self.failures + 1, why
-        self.retry_at = now() + jitter(min(CIRCUIT_LONGEST, CIRCUIT_FIRST * 2 ** min(self.failures - 1, 10)))
+        self.retry_at = now() + jitter(min(longest, CIRCUIT_FIRST * 2 ** min(self.failures - 1, 10)))
 
     def works(self) -> None:
         """Close the circuit."""
@@ -1699,7 +1701,10 @@ class Connection:
         """
         deadline = now() + timeout
         answer = Answer(limit)
-        self.send(request, deadline)
+        try:
+            self.send(request, deadline)
+        except (ConnectionResetError, BrokenPipeError):
+            pass  # what came before, as a TLS alert, may tell why
         while not answer.done:
             data = self.receive()
             if data is None:
@@ -1905,6 +1910,11 @@ def srv_endpoints(questions: Sequence[tuple[str, str]], deadline: float) -> tupl
 
 # ---- the client ---------------------------------------------------------------------------------------
 
+def _reading(keys: list[str]) -> str:
+    """What is asked, for errors: "read /a, /b, /c and 4 more"."""
+    return f"read {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+
+
 class Etcd:
     """A client of one etcd cluster over HTTP/1.1: one kept connection, other endpoints when one fails.
 
@@ -1992,7 +2002,7 @@ class Etcd:
         tops = top_keys(keys)
         if not tops:
             return 0, []
-        return self._read_v2(tops) if self._version(f"read {', '.join(tops)}") == 2 else self._read_v3(tops)
+        return self._read_v2(tops) if self._version(_reading(tops)) == 2 else self._read_v3(tops)
 
     def get(self, key: str) -> str | None:
         """The value of one key, None if there is none."""
@@ -2014,7 +2024,10 @@ class Etcd:
             except EtcdDenied:
                 self.api = 3  # it is there
             except EtcdNoGateway:
-                self._v2("GET", v2_target("/", "quorum=true"), request, missing=True)
+                try:
+                    self._v2("GET", v2_target("/", "quorum=true"), request, missing=True)
+                except EtcdDenied:
+                    pass  # it is there too
                 self.api = 2
                 log.debug("the server has no v3 gateway, using the v2 API")
         return self.api
@@ -2025,7 +2038,7 @@ class Etcd:
             try:
                 for start, end, inside in key_ranges(tops):
                     try:
-                        revision = self._pages(start, end, revision, f"read {', '.join(inside)}", pairs)
+                        revision = self._pages(start, end, revision, _reading(inside), pairs)
                     except EtcdDenied:
                         revision = self._permitted(inside, revision, pairs)
             except EtcdCompacted as error:
@@ -2193,26 +2206,29 @@ class Etcd:
     def _first(self, ask: Callable[[Endpoint], Any], request: str) -> Any:
         """The answer of the first endpoint that gives one, within answer_timeout.
 
-        While endpoints answer that they cannot serve now (a leader is being elected), all are asked again.
+        Each of several endpoints gets a part of it only: a stopped member takes connections and is silent. They are
+        asked again as long as one may come to serve, as when a leader is being elected.
         """
         self._look_up(request)
         deadline = now() + self.answer_timeout
-        pause = BACKOFF_FIRST
+        patience, pause = FIRST_TRY * self.answer_timeout, BACKOFF_FIRST
         while True:
             failures: dict[str, EtcdError] = {}
-            waiting = self._order()
-            while waiting and (now() < deadline or not failures):
-                endpoint = waiting.pop(0)
-                left = max(0.0, deadline - now())
-                self._deadline = now() + min(left, max(SHORTEST_TRY * self.answer_timeout, left / (len(waiting) + 1)))
+            late = False
+            for endpoint in self._order():
+                left = deadline - now()
+                if left <= 0 and failures:
+                    break
+                self._deadline = now() + (left if len(self.endpoints) == 1 else min(left, patience))
                 try:
                     answer = ask(endpoint)
                 except (EtcdUnreachable, EtcdAnswerError) as error:
                     if isinstance(error, EtcdTooBig):
                         raise
                     self.close()
-                    endpoint.failed(error.text)
+                    endpoint.failed(error.text, NOT_NOW if error.code else CIRCUIT_LONGEST)
                     failures[str(endpoint)] = error
+                    late = late or bool(error.code) or now() >= self._deadline
                     log.debug(str(error))
                     continue
                 except EtcdError:
@@ -2223,10 +2239,10 @@ class Etcd:
                 return answer
             if self._look_up(request, again=True):
                 continue  # DNS has others meanwhile
-            if not any(error.code for error in failures.values()) or now() + pause >= deadline:
+            if not late or now() + pause >= deadline:
                 break
             time.sleep(jitter(pause))
-            pause = min(2 * pause, BACKOFF_LONGEST)
+            patience, pause = 2 * patience, min(2 * pause, BACKOFF_LONGEST)
         if len(failures) == 1:
             raise next(iter(failures.values()))
         told = "; ".join(f"{endpoint}: {failure.text}" for endpoint, failure in failures.items())
@@ -2247,8 +2263,8 @@ class Etcd:
     def _look_up(self, request: str, again: bool = False) -> bool:
         """Ask DNS for the endpoints: at first, when its answer has become old, or again as all of them failed.
 
-        True if there are endpoints that were not there before. Those that DNS does not name any more are dropped, the
-        others keep their place and state. At first NXDOMAIN is not believed for SRV_PATIENCE.
+        True if there are endpoints or addresses that were not there before. Those that DNS does not name any more are
+        dropped, the others keep their place and state. At first NXDOMAIN is not believed for SRV_PATIENCE.
         """
         if not self.questions or now() < (self._srv_asked + SRV_SHORTEST if again else self._srv_until):
             return False
@@ -2274,14 +2290,17 @@ class Etcd:
         self._name_servers(found)
         known = {str(endpoint): endpoint for endpoint in self.endpoints}
         named = {str(endpoint): endpoint for endpoint in found}
-        for url in known.keys() & named.keys():
-            known[url].addresses, known[url].priority = named[url].addresses, named[url].priority
         kept = [endpoint for url, endpoint in known.items() if url in named]
         new = [endpoint for url, endpoint in named.items() if url not in known]
+        moved = False
+        for endpoint in kept:
+            there = named[str(endpoint)]
+            moved = moved or bool(set(there.addresses) - set(endpoint.addresses))
+            endpoint.addresses, endpoint.priority = there.addresses, there.priority
         self.endpoints = sorted(kept + new, key=lambda endpoint: endpoint.priority)
         if new or len(kept) < len(known):
             log.debug("endpoints by DNS", endpoints=",".join(map(str, self.endpoints)))
-        return bool(new)
+        return moved or bool(new)
 
     # -- what there is to know about the endpoints
 

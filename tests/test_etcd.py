@@ -338,6 +338,9 @@ def test_when_no_endpoint_answers_each_is_named() -> None:
     assert str(caught.value) == ("cannot read /a: no etcd endpoint answers: http://127.0.0.1:1: connection refused;"
                                  " http://127.0.0.1:2: connection refused")
     assert caught.value.exit_code == 3
+    many = [f"/k{number}\n" for number in range(5)]
+    with pytest.raises(EtcdUnreachable, match=r"^cannot read /k0\\n, /k1\\n, /k2\\n and 2 more at etcd "):
+        Etcd([dead]).read(many)
     with pytest.raises(EtcdUnreachable, match=f"^cannot read /a at etcd {dead}: connection refused$") as caught:
         Etcd([dead], api="3").get("/a")
     assert isinstance(caught.value, Error)

@@ -519,10 +519,13 @@ def test_etcd_that_moves_in_dns_is_followed(zone: Any, monkeypatch: pytest.Monke
             zone(f"srv-host=_etcd._tcp.example.org,a.example.org,{ports[0]}", "host-record=a.example.org,127.0.0.1")
             client = Etcd.from_settings({}, {"ETCD_SRV_DOMAIN": "example.org.", "ETCD_SCHEME": "http"})
             assert client.get("/a") == "old"
-        zone(f"srv-host=_etcd._tcp.example.org,a.example.org,{ports[1]}", "host-record=a.example.org,127.0.0.1")
+        zone(f"srv-host=_etcd._tcp.example.org,a.example.org,{ports[1]}", "host-record=a.example.org,127.0.0.9")
         client.close()
-        assert client.get("/a") == "new"
+        with pytest.raises(EtcdUnreachable, match="connection refused"):
+            client.get("/a")  # DNS names it with an address where nobody is
         assert [str(endpoint) for endpoint in client.endpoints] == [f"http://a.example.org:{ports[1]}"]
+        zone(f"srv-host=_etcd._tcp.example.org,a.example.org,{ports[1]}", "host-record=a.example.org,127.0.0.1")
+        assert client.get("/a") == "new"
         client.close()
 
 
