@@ -2212,8 +2212,8 @@ class Etcd:
         self._look_up(request)
         deadline = now() + self.answer_timeout
         patience, pause = FIRST_TRY * self.answer_timeout, BACKOFF_FIRST
+        failures: dict[str, EtcdError] = {}  # the last of each endpoint
         while True:
-            failures: dict[str, EtcdError] = {}
             late = False
             for endpoint in self._order():
                 left = deadline - now()
