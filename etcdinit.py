@@ -3091,7 +3091,7 @@ class KeyTree:
         values = self.values_by_key
         if not values:
             return []
-        steps, whole = _glob_steps(pattern)
+        index, (steps, whole) = self._index(), _glob_steps(pattern)
         paths = [""] if steps[0] in ("", None, False) else []  # what stands before the first slash: nothing
         for step in steps[steps[0] is not False:]:
             if step is False:  # from this segment on a character class can match "/"
@@ -3100,7 +3100,12 @@ class KeyTree:
                     self._collect(path, reached)
                 paths = [key for key in reached if whole.fullmatch(key)]
                 break
-            paths = [f"{path}/{name}" for path in paths for name in self._matching(path, step)]
+            if step is None:
+                paths = [f"{path}/{name}" for path in paths for name in self._names(path)]
+            elif isinstance(step, str):
+                paths = [f"{path}/{step}" for path in paths if step in index.get(path, ())]
+            else:
+                paths = [f"{path}/{name}" for path in paths for name in index.get(path, ()) if step.fullmatch(name)]
         found = [key for key in paths if key in values]
         if "/" in values and whole.fullmatch("/"):
             found.append("/")
@@ -3170,15 +3175,6 @@ class KeyTree:
                     found.append(key)
                 if key in directories:
                     waiting.append(key)
-
-    def _matching(self, path: str, step: Any) -> Iterable[str]:
-        """The names below a path that one step of a pattern matches: a literal name, None for all, or a regex."""
-        names: Iterable[str] = self._index().get(path, ())
-        if step is None:
-            return names
-        if isinstance(step, str):
-            return (step,) if step in names else ()
-        return [name for name in names if step.fullmatch(name)]
 
 
 # ---- a tree that follows a store ----------------------------------------------------------------------
@@ -3706,8 +3702,8 @@ def _can_backquote(text: str) -> bool:
 
 
 def sharp_u(character: str) -> str:
-    """%#U of a character: U+00E9 'é'."""
-    return sprintf("%#U", ord(character))
+    """%#U of a character: U+00E9 'é'; U+FFFD for a byte that is not UTF-8."""
+    return sprintf("%#U", ord(_rune(ord(character))))
 
 
 _UNESCAPES = {escape[1]: character for character, escape in _ESCAPES.items()}
@@ -5821,23 +5817,33 @@ class _Number:
             self.integer = _parse_rune(text)
             self.floating = float(self.integer)
         elif kind == "complex" or text.endswith("i"):
-            self._read_complex(text)
+            self._read_complex(text, kind)
         else:
             self._read_real(text)
         if self.integer is None and self.floating is None and self.complex is None:
             raise ValueError(f"illegal number syntax: {quote(text)}")
         self.ideal = self._choose(text, kind)
 
-    def _read_complex(self, text: str) -> None:
-        split = max(text.rfind("+", 1), text.rfind("-", 1))
-        if split > 0 and text[split - 1] in "eEpP" and "0x" not in text.lower():
-            split = max(text.rfind("+", 1, split - 1), text.rfind("-", 1, split - 1))
-        real = _parse_float(text[:split]) if split > 0 else 0.0
-        imaginary = _parse_float(text[max(split, 0):-1])
-        if real is not None and imaginary is not None:
-            self.complex = complex(real, imaginary)
-            if not imaginary:
-                self._take_float(real)
+    def _read_complex(self, text: str, kind: str) -> None:
+        parts = [text[:-1]]
+        if kind == "complex":
+            match = re.fullmatch(f"({_FLOAT})([+-]{_FLOAT})i", text)
+            if not match:
+                raise ValueError("syntax error scanning complex number")
+            parts = [match[1], match[2]]
+        values = [0.0]
+        for part in parts:
+            value = _parse_float(part)
+            if value is None and kind == "complex":
+                wrong = "invalid syntax" if _reads_float(part) is None else "value out of range"
+                raise ValueError(f"strconv.ParseFloat: parsing {quote(part)}: {wrong}")
+            if value is None:
+                return
+            values.append(value)
+        real, imaginary = values[-2:]
+        self.complex = complex(real, imaginary)
+        if not imaginary:
+            self._take_float(real)
 
     def _read_real(self, text: str) -> None:
         integer = _parse_integer(text)
@@ -5854,12 +5860,14 @@ class _Number:
             self.integer = int(floating)
 
     def _choose(self, text: str, kind: str) -> Any:
-        """The value where no type asks for another: complex, float if it looks like one, else int."""
+        """The value where no type asks for another: complex, float if it looks like one, else int; None: too large."""
         if self.complex is not None:
             return self.complex
         hexadecimal = text[:2].lower() == "0x" and not any(letter in text for letter in "pP")
         looks_float = kind != "character" and not hexadecimal and any(letter in text for letter in ".eEpP")
-        return self.floating if looks_float else self.integer
+        if looks_float:
+            return self.floating
+        return self.integer if self.integer is None or self.integer < 1 << 63 else None
 
 
 def _parse_rune(text: str) -> int:
@@ -5890,16 +5898,28 @@ def _parse_integer(text: str) -> int | None:
         return None
 
 
+_FLOAT = (r"[+-]?(?:0[xX][0-9a-fA-F_]*(?:\.[0-9a-fA-F_]*)?(?:[pP][+-]?[0-9_]*)?"
+          r"|[0-9_]*(?:\.[0-9_]*)?(?:[eE][+-]?[0-9_]*)?)")
+
+
 def _parse_float(text: str) -> float | None:
     """strconv.ParseFloat: decimal or hexadecimal (which needs its p exponent); None for bad syntax or overflow."""
-    try:
-        if "0x" in text.lower():
-            value = float.fromhex(text.replace("_", "")) if "p" in text.lower() else None
-        else:
-            value = float(text) if text[:1] in "+-.0123456789" else None
-    except (ValueError, OverflowError):
-        return None
+    value = _reads_float(text)
     return None if value is None or value in (float("inf"), float("-inf")) else value
+
+
+def _reads_float(text: str) -> float | None:
+    """As _parse_float, but an overflow is an infinity."""
+    try:
+        if "0x" not in text.lower():
+            return float(text) if text[:1] in "+-.0123456789" else None
+        if "p" not in text.lower() or re.search("[^0-9a-fA-FxX]_|_(?![0-9a-fA-F])", text):
+            return None
+        return float.fromhex(text.replace("_", ""))
+    except OverflowError:
+        return float("-inf" if text[0] == "-" else "inf")
+    except ValueError:
+        return None
 
 
 # ---- parser -------------------------------------------------------------------------------------------
@@ -6531,6 +6551,9 @@ BUILTINS = {function.name: function for function in (  # and, or, not are never 
 )}
 
 
+_SHORT_CIRCUITS = (BUILTINS["and"], BUILTINS["or"])
+
+
 # ---- compiler -----------------------------------------------------------------------------------------
 # A template becomes Python functions, built as syntax trees (never as source text) and compiled once. Of the text
 # only constants get in; names are our own, and the code's globals are the table in _Compiler.world: nothing else of
@@ -6542,7 +6565,8 @@ _MAX_TEMPLATE_DEPTH = 100000  # Go's bound for templates that invoke each other
 _MAX_NESTING = 12  # deeper blocks and parentheses become functions of their own: Python's compiler has bounds
 _STACK = 1_000_000  # Python frames while a template is parsed or runs; they live on the heap
 _PYTHON_TYPES = {"string": "str", "int": "int", "bool": "bool", "float64": "float"}
-_SIMPLE_FORMAT = r"(?:[^%]|%[sdv%])*"
+_DIRECTIVE = r"%%|%[-+# 0]*[0-9]{0,3}(?:\.[0-9]{0,3})?[A-Za-z]"  # of printf: what needs no other argument
+_SIMPLE_FORMAT = rf"(?:[^%]|{_DIRECTIVE})*"
 
 
 class _Scope:
@@ -6580,12 +6604,13 @@ class _Compiler:
         self.last_origin: Any = None  # what the fields came out of that were compiled last
         self.serial = self.temporary = 0
         self.lasts: dict[Any, Any] = {}
+        self.stops: dict[Any, int] = {}  # by `and` or `or`: the variable that counts its operands
         self.known_names: dict[tuple[str, Any], Any] = {}
         self.definitions: list[Any] = []
         self.load, self.store = ast.Load(), ast.Store()
         self.world: dict[str, Any] = {
-            "__builtins__": {}, "INVALID": INVALID, "type": type, "dict": dict, "str": str, "int": int, "bool": bool,
-            "float": float, "fail": _fail, "convert": _convert, "elements": _elements,
+            "__builtins__": {}, "INVALID": INVALID, "KVPair": KVPair, "type": type, "dict": dict, "str": str,
+            "int": int, "bool": bool, "float": float, "fail": _fail, "convert": _convert, "elements": _elements,
             "items": _items, "show": print_value, "put": dict.__setitem__, "equal": _equal_two,
             "field": lambda receiver, name, origin: _field(receiver, name, origin, missingkey),
             "method": lambda receiver, name, origin: _method(receiver, name, origin, missingkey),
@@ -6625,8 +6650,7 @@ class _Compiler:
     def make(self, kind: Any, line: int, *fields: Any) -> Any:
         """A syntax tree node on a line."""
         made = kind(*fields)
-        made.lineno = made.end_lineno = line or 1
-        made.col_offset = made.end_col_offset = 0
+        made.lineno, made.col_offset = line or 1, 0
         return made
 
     def name(self, name: str, context: Any = None) -> Any:
@@ -6645,9 +6669,12 @@ class _Compiler:
         return self.make(ast.Call, line, self.name(function), list(arguments), [])
 
     def last(self, node: Any) -> Any:
-        """The node that Go touches last when it evaluates this one: errors that come after are reported there."""
+        """The node that Go touches last when it evaluates this one: errors that come after are reported there.
+
+        Where that is an operand of `and` or `or`, it is (number, nodes): only the run can tell, see invocation().
+        """
         outer = node
-        while type(node) is not _Word:
+        while type(node) not in (_Word, tuple):
             if node in self.lasts:  # deep parentheses ask again at each level
                 node = self.lasts[node]
             elif type(node) is _Pipe:
@@ -6656,7 +6683,12 @@ class _Compiler:
                 node = node.base
             else:
                 first = node.words[0]
-                node = node.words[-1] if type(first) is _Word and first.kind == "identifier" else first
+                if type(first) is not _Word or first.kind != "identifier":
+                    node = first
+                elif self.functions[first.text] in _SHORT_CIRCUITS and len(node.words) > 2:
+                    node = self.stops.setdefault(node, self.number()), [self.last(word) for word in node.words[1:]]
+                else:
+                    node = node.words[-1]
         self.lasts[outer] = node
         return node
 
@@ -6894,6 +6926,8 @@ class _Compiler:
         if given:
             node = first if type(first) is not _Pipe else self.last(before) if type(before) is _Command else before
             failure = self.fail(f"can't give argument to non-function {first.show()}", node)
+            if type(first) is _Word and first.kind == "variable":  # one that is not set yet is the first thing wrong
+                failure = self.sequence(self.variable(first, scope)[0], failure)
             return (self.sequence(final[0], failure) if final else failure), "any"
         if type(first) is _Word and first.kind == "nil":
             return self.fail("nil is not a command", first), "any"
@@ -6913,7 +6947,7 @@ class _Compiler:
         if word.kind == "identifier":
             return self.function(word, word, [], None, scope)
         if word.kind == "number":
-            if not isinstance(word.value.ideal, int) or word.value.ideal < 1 << 63:
+            if word.value.ideal is not None:
                 return self.constant(word.value.ideal), go_type(word.value.ideal)
             return self.fail(f"{word.text} overflows int", word), "int"
         return self.constant(word.value), go_type(word.value)
@@ -6946,6 +6980,9 @@ class _Compiler:
             else:
                 get = self.make(ast.Attribute, 0, local, "get", self.load)
                 fast = self.make(ast.Call, 0, get, [self.constant(name), self.name("INVALID")], [])
+                if name in KVPair.__slots__:
+                    slot = self.make(ast.Attribute, 0, local, name, self.load)
+                    slow = self.either(self.has_type(local, "KVPair"), slot, slow)
                 value = self.either(self.has_type(bound, "dict"), fast, slow)
             origin = local
         self.last_origin = origin
@@ -6972,6 +7009,7 @@ class _Compiler:
         early, last = None, final[0] if final else None
         sure = all(type(argument) is _Word and argument.kind in ("string", "number", "bool", "dot")
                    and want in ("any", "value", argument.kind)
+                   and not (argument.kind == "number" and argument.value.ideal is None)
                    for argument, want in zip(arguments, wanted, strict=False))
         if final and (not sure or function.name in ("and", "or")):  # Go evaluates the earlier command first
             early, last = self.bind(final[0])
@@ -6994,15 +7032,20 @@ class _Compiler:
                 if final:
                     at = arguments[-1] if arguments else word
                     values.append(self.converted(last, final[1], wanted[len(arguments)], at))
-                value = self.invocation(function, node, values, arguments)
+                value = self.invocation(function, node, values, arguments, scope)
             type_name = function.returns
         return (self.sequence(early, value) if early is not None else value), type_name
 
-    def invocation(self, function: Func, node: Any, values: list[Any], arguments: Sequence[Any]) -> Any:
+    def invocation(self, function: Func, node: Any, values: list[Any], arguments: Sequence[Any], scope: _Scope) -> Any:
         """The Python expression for a call with these values."""
         if function is BUILTINS["not"]:
             return self.make(ast.UnaryOp, 0, ast.Not(), values[0])
-        if function is BUILTINS["and"] or function is BUILTINS["or"]:
+        if function in _SHORT_CIRCUITS:
+            if len(arguments) > 1:
+                number = self.stops.setdefault(node, self.number())
+                for n in range(len(arguments)):
+                    reached = self.keep(scope, number, self.constant(n + 1))
+                    values[n] = self.make(ast.BoolOp, 0, ast.And(), [reached, values[n]])
             operator = ast.And() if function.name == "and" else ast.Or()
             return self.make(ast.BoolOp, 0, operator, values) if len(values) > 1 else values[0]
         if function is BUILTINS["call"]:
@@ -7024,26 +7067,31 @@ class _Compiler:
         return value
 
     def simple_format(self, arguments: Sequence[Any], final: tuple[Any, str] | None, scope: _Scope) -> Any:
-        """printf as a Python f-string where its format is a constant with nothing but %s, %d, %v and %%; else None."""
+        """printf as a Python f-string where its format is a constant that takes each argument once; else None."""
         first = arguments[0] if arguments else None
         if type(first) is not _Word or first.kind != "string" or not re.fullmatch(_SIMPLE_FORMAT, first.value):
             return None
-        pieces = re.split("%([sdv%])", first.value)
-        if sum(verb != "%" for verb in pieces[1::2]) != len(arguments) - 1 + bool(final):
+        pieces = re.split(f"({_DIRECTIVE})", first.value)
+        if sum(verb != "%%" for verb in pieces[1::2]) != len(arguments) - 1 + bool(final):
             return None
         values = [self.argument_value(argument, "any", scope) for argument in arguments[1:]]
         values += [final] if final else []
         parts: list[Any] = []
-        for literal, verb in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            parts.append(self.constant(literal + "%" * (verb == "%")))
-            if verb in ("s", "d", "v"):
-                value, type_name = values.pop(0)
-                exact = "int" if verb == "d" else "string"
-                if type_name != exact:
-                    bound, name = self.bind(value)
-                    value = self.either(self.has_type(bound, _PYTHON_TYPES[exact]), name,
-                                        self.call("form", self.constant("%" + verb), name))
-                parts.append(self.make(ast.FormattedValue, 0, value, -1, None))
+        for literal, verb in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+            parts.append(self.constant(literal + "%" * (verb == "%%")))
+            if verb in ("", "%%"):
+                continue
+            value, type_name = values.pop(0)
+            exact = {"%s": "string", "%v": "string", "%d": "int"}.get(verb)
+            if type(value) is ast.Constant:
+                value = self.constant(sprintf(verb, value.value))
+            elif exact is None:
+                value = self.call("form", self.constant(verb), value)
+            elif type_name != exact:
+                bound, name = self.bind(value)
+                value = self.either(self.has_type(bound, _PYTHON_TYPES[exact]), name,
+                                    self.call("form", self.constant(verb), name))
+            parts.append(self.make(ast.FormattedValue, 0, value, -1, None))
         return self.make(ast.JoinedStr, 0, parts)
 
     def argument(self, word: Any, wanted: str, scope: _Scope) -> Any:
@@ -7212,11 +7260,15 @@ class Template:
     def _explain(self, error: Exception) -> str:
         """Go's message for what went wrong, with the place that the traceback tells."""
         line, trace = 0, error.__traceback__
+        variables: dict[str, Any] = {}
         while trace is not None:
             if trace.tb_frame.f_globals is self._world:
-                line = trace.tb_lineno or 0
+                line, variables = trace.tb_lineno or 0, trace.tb_frame.f_locals
             trace = trace.tb_next
         node, tree, function = self._places[line]
+        while type(node) is tuple:
+            number, nodes = node
+            node = nodes[variables.get("V", {}).get(number, variables.get(f"v{number}", len(nodes))) - 1]
         if isinstance(error, _Failure):
             message = str(error)
         elif isinstance(error, (UnboundLocalError, KeyError)) and type(node) is _Word and node.kind == "variable":

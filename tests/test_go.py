@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 from support.go import GoTemplates
-from support.random_templates import DATA, KV, Templates
+from support.random_templates import DATA, KV, Templates, deep_control, odd_calls, odd_tokens
 from support.templates import run_template
 
 BLOCK = 100
+KINDS: dict[str, Callable[[int], str]] = {
+    "right and wrong": lambda seed: Templates(seed).template(),
+    "odd tokens": odd_tokens, "odd calls": odd_calls, "deep control": deep_control}
 
 
-def differences(go: GoTemplates, seeds: range) -> list[str]:
+def differences(go: GoTemplates, seeds: range, kind: str = "right and wrong") -> list[str]:
     """One text for each seed whose template the two answer differently."""
     found = []
     for seed in seeds:
-        template = Templates(seed).template()
+        template = KINDS[kind](seed)
         missingkey = ("", "", "zero", "error", "invalid")[seed % 5]
         num = "int" if seed % 7 == 0 else "float64"
         theirs = go.ask(template, DATA, num=num, kv=KV, missingkey=missingkey)
@@ -39,11 +43,19 @@ def test_the_engine_and_go_agree(go: GoTemplates, start: int) -> None:
                     pytrace=False)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "right and wrong"])
+def test_the_engine_and_go_agree_on_the_odd(go: GoTemplates, kind: str) -> None:
+    found = differences(go, range(500), kind)
+    if found:
+        pytest.fail(f"{len(found)} of 500 differ, of them:\n" + "\n".join(sorted(found, key=len)[:3]), pytrace=False)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_the_engine_and_go_agree_on_many_more(go: GoTemplates) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_and_go_agree_on_many_more(go: GoTemplates, kind: str) -> None:
     start = int(os.environ.get("ETCDINIT_SEED", "100000"))
-    found = differences(go, range(start, start + 50_000))
+    found = differences(go, range(start, start + 50_000), kind)
     if found:
         pytest.fail(f"{len(found)} of 50,000 differ, of them:\n" + "\n".join(sorted(found, key=len)[:20]),
                     pytrace=False)

@@ -112,6 +112,17 @@ def test_the_index_of_a_range_is_a_plain_int_and_its_key_a_plain_string() -> Non
     ('{{slice .list (get "/k").Value}}', "error calling slice: cannot index slice/array with type string"),
     ("{{add 9223372036854775808 1}}", "at <9223372036854775808>: expected integer; found 9223372036854775808"),
     ("{{²}}", "unrecognized character in action: U+00B2 '²'"),
+    ("{{\udcff}}", "unrecognized character in action: U+FFFD '\ufffd'"),
+    ("{{0x1_p-2}}", 'illegal number syntax: "0x1_p-2"'),
+    ("{{0x.p1+2i}}", 'strconv.ParseFloat: parsing "0x.p1": invalid syntax'),
+    ("{{1+1e999i}}", 'strconv.ParseFloat: parsing "+1e999": value out of range'),
+    ("{{0b1+1i}}", "syntax error scanning complex number"),
+    ("{{$x := 1 | $x 2}}", "at <$x>: undefined variable: $x"),
+    ("{{1 2 | print 9223372036854775808}}", "at <1>: can't give argument to non-function 1"),
+    ("{{(or .list (print 1)).x}}", "at <.list>: can't evaluate field x in type []interface {}"),
+    ("{{(and .list (or .nothing .s)).x}}", "at <.s>: can't evaluate field x in type string"),
+    ("{{toUpper (or 0 (and 1 .list))}}", "at <.list>: wrong type for value; expected string; got []interface {}"),
+    ("{{((((((((((((((or 1 .list)))))))))))))).x}}", "at <1>: can't evaluate field x in type int"),
 ])
 def test_errors_are_told_as_go_sees_the_value(text: str, message: str) -> None:
     functions = etcdinit.store_functions({"/k": "v"})

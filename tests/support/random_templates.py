@@ -261,3 +261,104 @@ class Templates:
         if kind == "any" and self.chance(0.6):
             return self.leaf(pick.choice(KINDS[:-1]))
         return pick.choice(FIELD_OF[kind])
+
+
+# ---- what the grammar above does not come to ----------------------------------------------------------
+
+TOKENS = [
+    *BAD, "{{-", "-}}", "if", "else", "end", "range", "with", "define", "template", "block", "break", "continue", "nil",
+    "true", ".", ".a", ".m.z", "$x", "$x.a", ":=", "+1", "1.5", "0xg", "1__0", "0b2", "0o8", "1e", "1e+", "1p3", "0x1p",
+    "0x1_p1", "0x_1p1", "0x1.8", "0x.p1", "1i", "1+2", "1+2i", "0x.p1+2i", "0b1+1i", "1e999+1i", "'", "'a'", "''",
+    "'\\''", "'\\q'", "'é'", '"a"', '"\\q"', '"a\nb"', "`a\nb`", "{{/* c */}}", "{{- /* c */ -}}", "{{/* c */ }}", "#",
+    "\x7f", "\ufeff", "日", "a-b", "len", "print", "index", "foo", "$é", ".é", ";", "==", "||", "-1", "--1", "..5",
+    "$.x", "$$", "._", "1a", "1.a", "1..2", "0.", "007", "0_7", "9223372036854775808", "99999999999999999999", "{",
+    "else with", "else range", "{{if .}}", "{{range .list}}", "{{with .m}}", "{{block `b` .}}", "\r", "\v", "\udcff",
+    "text", "  text  ", "\u2028", "(.m).z", "()", "(nil)", "nil.x", "true.x", "`a`.x", "len.x", ".a .b", "$x:=1",
+    "$x, $y := .m", "$i, $v := range", "range $i, $v := .m", "and", "or"]
+OPENINGS = ["", "", "if ", "range ", "with ", "template `a` ", "template ", "define ", "block `b` ", "else ", "end",
+            "break", "$x := ", "$x = ", "len ", "(", "range $i, ", "range $i, $v := ", "range $i, $v, $w := "]
+ODD = ["$", "$x", "nil", "2i", "1+2i", "-0.0", "0x10", "18446744073709551615", "1e400", '"\\x00"', "(echo nil)",
+       "(index .m `zz`)", "(index `abc` 1)", "(seq 3 1)", "(json .json).y", "(list 1 nil)", "(base64Decode `/w==`)",
+       "(and nil 1)", "(or .nil .list)", "(or `a` .f).x", "(die)", "(fail `x`)", "print", "len", "(1).x", "(nil).x",
+       '"a".x', "$x.y", "(.missing)", "(gets `/zz*`)", "(get `/app/db/host`)"]
+HEADS = [*(row[0] for row in FUNCTIONS), "and 1", "or 0", "and .nil", "or .on", "printf `%v|%T`", "printf `%#v`", ".m",
+         ".name.x", "$x", "(print)", "nil", "1", ".", ".port", "$.m.a", "undefined"]
+SEEN = [".", "$x", "$y", "$i", "$v", "$", "len $x", "print $x $y", "printf `%v-%T` $x $v", "eq $x $y", ".n", "$v.n",
+        "index . 0", "1", "`s`", "add $i 1", "or $x $y", "(or $x .n).k", "slice $v 0 1", "index .mixed $i", "call $x",
+        "$v | printf `%q`", "$v.Key"]
+VISITED = [".list", ".nums", ".el", ".m", ".users", "3", "0", ".missing", ".nil", ".mixed", "(seq 1 3)", "$x", "$v",
+           ".tags", ".", "(list 1 `b`)", ".port", "(gets `/app/*`)", "(or .el .list)", "(and .list .em)"]
+
+
+def odd_tokens(seed: int) -> str:
+    """Pieces of the language in any order: nearly always a parse error, of every kind that there is."""
+    pick = random.Random(seed)
+    soup = "".join(pick.choice(TOKENS) + pick.choice(["", " ", " "]) for _ in range(pick.choice([1, 2, 3, 4, 5, 7])))
+    before = pick.choice(["", "a\n", "{{$x := 1}}", "{{range .list}}\n{{if .}}", "{{define `q`}}"])
+    return before + "{{" + pick.choice(OPENINGS) + soup + "}}" + pick.choice(["", "{{end}}", "x{{else}}y{{end}}"])
+
+
+def odd_calls(seed: int) -> str:
+    """Every function, and what is none, with arguments of every kind."""
+    pick = random.Random(seed)
+    operands = [*ODD, *INTS, *FLOATS, *STRINGS, *(operand for kind in FIELD_OF.values() for operand in kind)]
+
+    def call(most: int) -> str:
+        return " ".join([pick.choice(HEADS), *(pick.choice(operands) for _ in range(pick.randint(0, most)))])
+
+    pipe = " | ".join([pick.choice([call(4), call(2), pick.choice(operands)]),
+                       *(call(2) for _ in range(pick.choice([0, 0, 0, 1, 2])))])
+    pipe = pick.choice([pipe, pipe, f"print ({pipe}) {pick.choice(operands)}", f"({pipe}).Key", f"({pipe}).x.y"])
+    around = pick.choice(["{{%s}}"] * 6 + ["{{range %s}}<{{.}}>{{else}}E{{end}}", "{{range $i, $e := %s}}{{$i}}{{end}}",
+                                           "{{with %s}}<{{.}}>{{end}}", "{{if %s}}T{{else}}F{{end}}",
+                                           "{{define `d`}}[{{.a}}]{{end}}{{template `d` %s}}"])
+    return "{{$x := 5}}é\n " + around.replace("%s", pipe)
+
+
+def deep_control(seed: int) -> str:
+    """Blocks in blocks, deeper than the compiler puts into one Python function, with variables that cross them."""
+    pick = random.Random(seed)
+    budget = pick.choice([6, 12, 20, 40])
+
+    def body(depth: int) -> str:
+        nonlocal budget
+        count = min(budget, pick.choice([1, 1, 2, 3]))
+        budget -= count
+        return "".join(node(depth) for _ in range(count))
+
+    def block(head: str, inside: str) -> str:
+        leave = pick.choice(["", "", "", "{{break}}", "{{if $x}}{{continue}}{{end}}"])
+        otherwise = pick.choice(["", "", "{{else}}e" + leave, "{{else}}{{$x = 7}}"])
+        return "{{" + head + "}}" + inside + otherwise + "{{end}}"
+
+    def node(depth: int) -> str:
+        kind = pick.choice(["print", "set", "leave", "range", "range", "if", "if", "chain"] if depth > 0 else ["print"])
+        if kind == "print":
+            return pick.choice(["t", " \n", "{{- " + pick.choice(SEEN) + " -}}", "{{" + pick.choice(SEEN) + "}}"])
+        if kind == "set":
+            return "{{" + pick.choice(["$x", "$y", "$v"]) + pick.choice([" := ", " = "]) + pick.choice(SEEN) + "}}"
+        if kind == "leave":
+            return pick.choice(["{{break}}", "{{continue}}", "{{if $x}}{{break}}{{end}}",
+                                "{{with .}}{{continue}}{{end}}"])
+        if kind == "range":
+            head = pick.choice(["", "", "$v := ", "$i, $v := ", "$v = ", "$i, $x = ", "$x, $x := "])
+            return block(f"range {head}{pick.choice(VISITED)}", body(depth - 1))
+        if kind == "if":
+            word = pick.choice(["if", "with"])
+            more = "{{else " + word + " " + pick.choice(SEEN) + "}}" + body(depth - 1) if pick.random() < 0.4 else ""
+            return block(f"{word} {pick.choice(['', '$c := ', '$x = '])}{pick.choice(SEEN)}", body(depth - 1) + more)
+        inside = body(2)
+        for _ in range(pick.choice([3, 11, 12, 13, 26])):
+            inside = block(pick.choice(["if $x", "with .", "range 2", "range $v := 1", "range $i, $v := .",
+                                        "if $y := 1", "with $x := $x"]), inside)
+        return inside
+
+    first = pick.choice(["5", "`s`", ".list", ".m", "nil", ".nil", ".missing", "true"])
+    start = "{{$x := " + first + "}}{{$y := 1}}{{$i := 0}}{{$v := .users}}"
+    if pick.random() < 0.2:  # deep parentheses, long pipelines
+        pipe = pick.choice(SEEN)
+        for _ in range(pick.choice([2, 12, 13, 25])):
+            pipe = pick.choice([f"print ({pipe})", f"or 0 ({pipe})", f"and ({pipe}) 1", f"{pipe} | echo",
+                                f"{pipe} | or 0", f"({pipe})"])
+        return start + "{{" + pipe + "}}"
+    return start + body(pick.choice([2, 3, 5]))
