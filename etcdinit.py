@@ -186,10 +186,15 @@ _secrets: list[str] = []  # texts that never leave the program; see conceal()
 MASK = "******"
 
 
-def conceal(secret: str) -> str:
-    """Register a secret: from now on mask() blots it out of every log line and error. Returns it."""
-    if secret and secret not in _secrets:
-        _secrets.append(secret)
+def conceal(secret: str, instead_of: str = "") -> str:
+    """Register a secret: from now on mask() blots it out of every log line and error. Returns it.
+
+    instead_of: one that it replaces, which nobody needs to hide any more.
+    """
+    for old in {instead_of, printable(instead_of)} & set(_secrets):
+        _secrets.remove(old)
+    for form in {secret, printable(secret)} - {"", *_secrets}:  # an error may have made control characters visible
+        _secrets.append(form)
         _secrets.sort(key=len, reverse=True)  # a secret that contains another goes first
     return secret
 
@@ -305,7 +310,7 @@ class Setting:
         self.name, self.env, self.kind, self.default, self.help = name, env, kind, default, help
 
 
-# kinds: text, flag (a boolean), list (repeatable flag; comma-separated in the environment), duration (Go's),
+# kinds: text, flag (a boolean), list (repeatable flag; between commas or spaces in the environment), duration (Go's),
 # credential (for secret(): the text, or by NAME_FILE or /run/secrets a file), secret (the same, and never shown)
 SETTINGS = {row.name: row for row in (
     Setting("confdir", "ETCDINIT_CONFDIR", "text", "/etc/confd", "directory with conf.d/ and templates/"),
@@ -323,10 +328,12 @@ SETTINGS = {row.name: row for row in (
     Setting("cert", "ETCD_CERT", "credential", "", "client certificate, in the same forms"),
     Setting("key", "ETCD_KEY", "secret", "", "its key, in the same forms; as text it stays in memory"),
     Setting("tls-server-name", "ETCD_TLS_SERVER_NAME", "text", "",
-            'name that certificates must hold, not the endpoint\'s or the SRV domain ("target": the SRV target\'s)'),
+            'name that certificates must hold; else the SRV domain or host ("target": the SRV target)'),
     Setting("insecure-skip-verify", "ETCD_INSECURE_SKIP_VERIFY", "flag", False, "do not verify certificates"),
     Setting("connect-timeout", "ETCD_CONNECT_TIMEOUT", "duration", 2.0, "time for a connection to one endpoint"),
     Setting("answer-timeout", "ETCD_ANSWER_TIMEOUT", "duration", 5.0, "time for a request, over all endpoints"),
+    Setting("resolv-conf", "ETCDINIT_RESOLV_CONF", "text", "/etc/resolv.conf",
+            "whom to ask for names; a nameserver may have a port there, as in [10.0.0.1]:5353"),
     Setting("keep-secrets", "ETCDINIT_KEEP_SECRETS", "flag", False, "leave secrets in the environment of services"),
     Setting("interval", "ETCDINIT_INTERVAL", "duration", 600.0, "time between two full passes"),
     Setting("max-outage", "ETCDINIT_MAX_OUTAGE", "duration", 0.0,
@@ -366,7 +373,7 @@ def _boolean(value: str | bool) -> bool:
 
 def _words(value: str | Sequence[str]) -> tuple[str, ...]:
     parts = [value] if isinstance(value, str) else value
-    return tuple(word.strip() for part in parts for word in part.split(",") if word.strip())
+    return tuple(dict.fromkeys(word for part in parts for word in part.replace(",", " ").split()))
 
 
 _SETTING_KINDS: dict[str, Callable[[Any], Any]] = {"text": str, "flag": _boolean, "list": _words, "duration": duration,
@@ -376,6 +383,24 @@ _SETTING_KINDS: dict[str, Callable[[Any], Any]] = {"text": str, "flag": _boolean
 # ---- credentials and secrets --------------------------------------------------------------------------
 
 SECRETS_DIRECTORY = "/run/secrets"  # where container runtimes put secrets as files
+SECRET_SIZE = 1 << 20  # bytes of a credential file: a bundle of all public authorities has 200 KB
+
+
+def read_regular(path: str, limit: int) -> bytes:
+    """A whole file. OSError, also for more than limit bytes, and for a FIFO or a device, which may block for ever."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = os.fstat(file).st_mode
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "it is a directory" if stat.S_ISDIR(kind) else "it is not a regular file")
+        data = b""
+        while piece := os.read(file, limit + 1 - len(data)):
+            data += piece
+    finally:
+        os.close(file)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes")
+    return data
 
 
 class Secret:
@@ -392,22 +417,28 @@ class Secret:
         self._stamp: tuple[int, ...] = ()  # of the file when it was read
         self._hide()
 
+    def __str__(self) -> str:
+        return self.path or self.where  # never the text
+
     def text(self) -> str:
-        """The credential without trailing line ends. UsageError if its file cannot be read and never could."""
+        """The credential without trailing line ends. UsageError if its file holds none and never did."""
         if not self.path:
             return self._text
         try:
             status = os.stat(self.path)
             stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if stamp != self._stamp:
-                with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
-                    self._text = file.read(1 << 20).rstrip("\r\n")
-                self._stamp = stamp
+                text = read_regular(self.path, SECRET_SIZE).decode("utf-8", "surrogateescape").rstrip("\r\n")
+                if not text:  # who writes it in place has emptied it first
+                    raise OSError(errno.ENODATA, "it is empty")
+                self._text, self._stamp = text, stamp
                 self._hide()
         except OSError as error:
-            if not self._stamp:
+            if not self._text:
                 raise UsageError(f"cannot read {self.where} from {self.path}: {reason(error)}") from None
-            log.warning(f"cannot read {self.where} again from {self.path}: {reason(error)}")
+            if self._stamp:
+                log.warning(f"cannot read {self.where} again from {self.path}, the last one is used: {reason(error)}")
+            self._stamp = ()
         return self._text
 
     def _hide(self) -> None:
@@ -763,7 +794,7 @@ def parse_hosts(text: str) -> dict[str, list[str]]:
 def load_dns_config(resolv_conf: str = "", hosts: str = "/etc/hosts",
                     environ: Mapping[str, str] = os.environ) -> DnsConfig:
     """The DnsConfig of this machine, read anew. ETCDINIT_RESOLV_CONF names another file than /etc/resolv.conf."""
-    source = resolv_conf or environ.get("ETCDINIT_RESOLV_CONF", "") or "/etc/resolv.conf"
+    source = resolv_conf or setting("resolv-conf", {}, environ)
     config = parse_resolv_conf(_file_text(source), environ, source)
     config.hosts = parse_hosts(_file_text(hosts))
     return config
@@ -772,8 +803,7 @@ def load_dns_config(resolv_conf: str = "", hosts: str = "/etc/hosts",
 def _file_text(path: str) -> str:
     """The text of a file; of one that cannot be read, nothing: both files may be absent in a container."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(16 << 20)
+        return read_regular(path, 16 << 20).decode("utf-8", "replace")
     except OSError as error:
         log.debug(f"cannot read {path}: {reason(error)}")
         return ""
@@ -1171,7 +1201,7 @@ def host_addresses(host: str) -> list[str]:
 CONNECT_TIMEOUT = 2.0  # seconds until a connection stands
 ANSWER_TIMEOUT = 5.0  # seconds for a request over all endpoints; below the 7 s after which etcd itself gives up
 FIRST_TRY = 0.2  # part of that time that one of several endpoints gets in the first round; doubled in each further one
-BACKOFF_FIRST, BACKOFF_LONGEST = 0.1, 1.0  # seconds between rounds over all endpoints while none can serve
+ROUND_FIRST, ROUND_LONGEST = 0.1, 1.0  # seconds between rounds over all endpoints while none can serve
 CIRCUIT_FIRST, CIRCUIT_LONGEST = 1.0, 30.0  # seconds for which an endpoint that failed is asked last
 NOT_NOW = 0.1  # the same, for one that answers that it cannot serve now
 SRV_PATIENCE = 15.0  # seconds that DNS gets at start to know the SRV name: it may come up later than we
@@ -1266,6 +1296,11 @@ class Answer:
                                  or self.head_done else "the connection was closed without an answer")
             self.done = True
 
+    @property
+    def excess(self) -> int:
+        """How many bytes have come behind the answer, which nobody asked for."""
+        return len(self._pending)
+
     def take(self) -> bytes:
         """The body bytes that have arrived since the last call."""
         data = bytes(self.body)
@@ -1294,7 +1329,7 @@ class Answer:
         if 100 <= self.status < 200:  # an interim answer; the real one follows
             return True
         self.head_done = True
-        self.keep_alive = version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
+        self.keep_alive = version == "HTTP/1.1" and "close" not in self.headers.get("connection", "").lower()
         self._step = self._body_kind()
         return True
 
@@ -1395,16 +1430,22 @@ class Endpoint:
     def __init__(self, scheme: str, host: str, port: int, source: str = "", server_name: str = "", priority: int = 0,
                  addresses: Sequence[str] = ()) -> None:
         self.scheme, self.host, self.port, self.source = scheme, host, port, source
-        self.server_name, self.priority, self.addresses = server_name or host, priority, addresses
+        self.server_name, self.priority, self.addresses = server_name or self.plain_host, priority, addresses
         self.failures, self.retry_at, self.trouble = 0, 0.0, ""
 
     @property
+    def plain_host(self) -> str:
+        """The host without what matters here only: the scope of an address (RFC 6874), the last dot of a name."""
+        return self.host.partition("%")[0].removesuffix(".")
+
+    @property
     def authority(self) -> str:
-        """host:port as it stands in a URL."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """host:port for the Host field."""
+        host = self.plain_host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}"
+        return f"{self.scheme}://[{self.host}]:{self.port}" if ":" in self.host else f"{self.scheme}://{self.authority}"
 
     def failed(self, why: str, longest: float = CIRCUIT_LONGEST) -> None:
         """Open the circuit: each failure in a row doubles the seconds, up to longest, for which others go first."""
@@ -1416,27 +1457,29 @@ class Endpoint:
         self.failures, self.retry_at, self.trouble = 0, 0.0, ""
 
 
-_ENDPOINT = r"(?:(https?)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?/*"
+_ENDPOINT = r"(?:(https?)://)?(\[[0-9A-F:.]+(?:%(?:25)?[\w.-]+)?\]|\w[\w.-]*)(?::([0-9]{1,5}))?/*"
 
 
 def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoint:
-    """An endpoint from "http://host:port", "host:port", "host" (port 2379) or "[::1]:2379".
+    """An endpoint from "http://host:port", "host:port", "host" (port 2379), "[::1]:2379" or "[fe80::1%eth0]".
 
     scheme: the one for an endpoint that names none. UsageError says what is wrong.
     """
-    parts = re.fullmatch(_ENDPOINT, text.strip())
+    parts = re.fullmatch(_ENDPOINT, text.strip(), re.ASCII | re.IGNORECASE)
     if "@" in text:  # not quoted: what stands before it is likely a password
         raise UsageError("an etcd endpoint holds no user and password: set ETCD_USERNAME and ETCD_PASSWORD")
-    if not parts or not 0 < int(parts[3] or 2379) < 65536:
+    host = re.sub("%25(?=.)", "%", parts[2].strip("[]")) if parts else ""
+    if not parts or not 0 < int(parts[3] or 2379) < 65536 or parts[2][0] == "[" and not is_address(host):
         raise UsageError(f'not an etcd endpoint: "{printable(text)}"'
                          " (examples: http://10.0.0.1:2379, etcd1:2379, https://[::1]:2379)")
-    return Endpoint(parts[1] or scheme, parts[2].strip("[]"), int(parts[3] or 2379), source)
+    return Endpoint((parts[1] or scheme).lower(), host, int(parts[3] or 2379), source)
 
 
 # ---- TLS ----------------------------------------------------------------------------------------------
 
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem", "/etc/pki/tls/certs/ca-bundle.crt")
 
+_IS_IT_HTTPS = "is it https? then say https:// in the endpoint, and not ETCD_SCHEME=http"
 _TLS_CLOSED = ("the connection was closed in the TLS handshake"
                " (is it http? then say ETCD_SCHEME=http, or http:// in the endpoint)")
 _TLS_REMEDIES: dict[int | str, str] = {  # OpenSSL's number for a failed verification, or its name for a failure
@@ -1477,21 +1520,33 @@ class Tls:
     ca, cert, key: PEM as text or base64, or a path to it, None for none (ca: the system's authorities).
     """
 
-    __slots__ = ("ca", "cert", "key", "verify", "_context", "_made_of")
+    __slots__ = ("ca", "cert", "key", "verify", "_context", "_made_of", "_told")
 
     def __init__(self, ca: Secret | None = None, cert: Secret | None = None, key: Secret | None = None,
                  verify: bool = True) -> None:
         self.ca, self.cert, self.key, self.verify = _as_file(ca), _as_file(cert), _as_file(key), verify
         if bool(cert) != bool(key):
-            raise UsageError("ETCD_CERT and ETCD_KEY belong together: one of them is not set")
+            missing = "ETCD_KEY" if cert else "ETCD_CERT"
+            raise UsageError(f"ETCD_CERT and ETCD_KEY belong together: {missing} is not set")
         self._context: Any = None  # an ssl._SSLContext
         self._made_of: tuple[str, ...] = ()
+        self._told = ""  # what is wrong with the files now
 
     def context(self) -> Any:
-        """The context for new connections: TLS 1.2 or later, no ALPN (h2 would bring HTTP/2). UsageError."""
-        texts = tuple(_pem(source) for source in (self.ca, self.cert, self.key))
-        if self._context is None or texts != self._made_of:
-            self._context, self._made_of = self._make(*texts), texts
+        """The context for new connections: TLS 1.2 or later, no ALPN (h2 would bring HTTP/2).
+
+        UsageError if the credentials cannot be used; once they could, changed ones that cannot are told and left.
+        """
+        try:
+            texts = _pem(self.ca, "CERTIFICATE"), _pem(self.cert, "CERTIFICATE"), _pem(self.key, "PRIVATE KEY")
+            if self._context is None or texts != self._made_of:
+                self._context, self._made_of, self._told = self._make(*texts), texts, ""
+        except UsageError as error:  # as between the new certificate and its key
+            if self._context is None:
+                raise
+            if str(error) != self._told:
+                log.warning(f"{error}; the last ones are used")
+            self._told = str(error)
         return self._context
 
     def _make(self, ca: str, cert: str, key: str) -> Any:
@@ -1503,7 +1558,7 @@ class Tls:
             try:
                 context.load_verify_locations(None, None, ca)
             except OSError as error:
-                raise UsageError(f"cannot use {self.ca.where if self.ca else ''}: {reason(error)}") from None
+                raise UsageError(f"cannot use {self.ca.where if self.ca else ''}: {_openssl_words(error)}") from None
         elif self.verify:
             context.set_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR, or where OpenSSL was built to look
             bundle = next((path for path in CA_BUNDLES if os.path.isfile(path)), None)
@@ -1516,30 +1571,49 @@ class Tls:
     def _load_identity(self, context: Any, cert: str, key: str) -> None:
         """Load certificate and key from memory: OpenSSL reads files only, so the file is one without a name."""
         where = f"{self.cert.where if self.cert else ''} and {self.key.where if self.key else ''}"
-        if "ENCRYPTED" in key:
-            raise UsageError(f"cannot use {where}: the key is encrypted (openssl pkey takes the encryption off)")
-        file = os.memfd_create("etcdinit")
+        file = -1
         try:
-            os.write(file, f"{cert}\n{key}\n".encode("utf-8", "surrogateescape"))
-            context.load_cert_chain(f"/proc/self/fd/{file}")
+            file = os.memfd_create("etcdinit")
+            os.write(file, (cert + key).encode("ascii"))
+            context.load_cert_chain(f"/proc/self/fd/{file}", None, lambda: "")  # else OpenSSL asks at the terminal
         except OSError as error:
-            text = str(getattr(error, "reason", "") or reason(error)).lower().replace("_", " ")
-            if not os.path.exists("/proc/self/fd"):
-                text = "/proc is not mounted"
+            text = "/proc is not mounted" if not os.path.exists("/proc/self/fd") else _openssl_words(error)
             raise UsageError(f"cannot use {where}: {text}") from None
         finally:
-            os.close(file)
+            if file >= 0:
+                os.close(file)
+
+
+_OPENSSL_WORDS = {  # a part of OpenSSL's reason: what it means here
+    "key values mismatch": "key values mismatch: the key is not that of the certificate",
+    "pem lib": "its PEM text is no certificate or key", "bad base64": "its PEM text is damaged",
+}
+
+
+def _openssl_words(error: OSError) -> str:
+    """What OpenSSL or the system has against a certificate or key."""
+    words = str(getattr(error, "reason", "") or reason(error)).lower().replace("_", " ")
+    return next((told for part, told in _OPENSSL_WORDS.items() if part in words), words.partition(" ( ssl.c")[0])
 
 
 def _as_file(source: Secret | None) -> Secret | None:
     """A credential whose text is a path becomes one that is read from there."""
-    if source and not source.path and source.text().startswith(("/", "./", "../")):
-        return Secret(source.where, path=source.text(), hidden=source.hidden)
+    if source and not source.path:
+        text = source.text()
+        if text.startswith(("/", "./", "../")) or len(text) < 4096 and "\n" not in text and os.path.isfile(text):
+            return Secret(source.where, path=text, hidden=source.hidden)
     return source
 
 
-def _pem(source: Secret | None) -> str:
-    """The PEM text of a credential in any of its forms, "" for none. UsageError."""
+_PEM_BLOCK = r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END \1-----"
+
+
+def _pem(source: Secret | None, kind: str) -> str:
+    """The PEM text of a credential in any of its forms, "" for none. UsageError.
+
+    kind: the blocks that are taken, others are left out: "CERTIFICATE" or "PRIVATE KEY". The lines are made anew:
+    what variables and YAML did to them (CRLF, indentation, blanks, a written \\n) does not matter.
+    """
     if source is None:
         return ""
     text = source.text()
@@ -1549,11 +1623,31 @@ def _pem(source: Secret | None) -> str:
         except ValueError:
             text = ""
         if "-----BEGIN" not in text:
-            raise UsageError(f"cannot use {source.where}{' from ' * bool(source.path)}{source.path}:"
-                             " neither PEM text, nor base64 of it, nor a path")
+            raise _bad_pem(source, "neither PEM text, nor base64 of it, nor a path")
         if source.hidden:
             Secret(source.where, text, hidden=True)  # the decoded form is as secret
-    return text.replace("\\n", "\n")  # what is left of line ends in some environments
+    if kind == "PRIVATE KEY" and "ENCRYPTED" in text:  # in its label, or in the header of the old format
+        raise _bad_pem(source, "the key is encrypted, and nobody is here to ask for its password"
+                               " (openssl pkey -in KEY -out PLAIN takes the encryption off)")
+    blocks = re.findall(_PEM_BLOCK, text.replace("\\n", "\n"), re.DOTALL)
+    if not blocks:
+        raise _bad_pem(source, "its PEM text is cut off: -----BEGIN without -----END")
+    lines: list[str] = []
+    for label, body in blocks:
+        if label.endswith(kind):
+            body = "".join(body.split())
+            if not body.isascii():
+                raise _bad_pem(source, "its PEM text is damaged")
+            lines += [f"-----BEGIN {label}-----", *(body[at:at + 64] for at in range(0, len(body), 64)),
+                      f"-----END {label}-----", ""]
+    if not lines:
+        held = ", ".join(dict.fromkeys(label for label, _ in blocks))
+        raise _bad_pem(source, f"it holds no {kind}, but {held}")
+    return "\n".join(lines)
+
+
+def _bad_pem(source: Secret, why: str) -> UsageError:
+    return UsageError(f"cannot use {source.where}{' from ' * bool(source.path)}{source.path}: {why}")
 
 
 # ---- connections --------------------------------------------------------------------------------------
@@ -1629,7 +1723,10 @@ class Connection:
                 else:
                     raise OSError(errno.ECONNRESET, _TLS_CLOSED) from None
             except ssl.SSLError:
-                self._flush(now() + 0.1)  # our alert tells the server why
+                try:
+                    self._flush(now() + 0.1)  # our alert tells the server why
+                except OSError:
+                    pass  # it has gone already; why we would not have it is what counts
                 raise
         self._flush(deadline)
 
@@ -1661,7 +1758,7 @@ class Connection:
         view = memoryview(data)
         while view:
             try:
-                view = view[self._socket.send(view):]
+                view = view[self._socket.send(view, socket.MSG_NOSIGNAL):]
             except BlockingIOError:
                 wait_readable(self.fileno(), deadline, writable=True)
 
@@ -1699,7 +1796,7 @@ class Connection:
         OSError and TimeoutError from the network, ValueError (TooBig) for an answer that is none. The
         deadline moves on only as fast as SLOWEST_ANSWER allows, so a dripping answer ends too.
         """
-        deadline = now() + timeout
+        deadline, received = now() + timeout, 0
         answer = Answer(limit)
         try:
             self.send(request, deadline)
@@ -1711,11 +1808,19 @@ class Connection:
                 wait_readable(self.fileno(), min(deadline, now() + timeout))
                 continue
             answer.feed(data)
+            received += len(data)
+            if received > 4 * MAX_HEAD + 2 * len(answer.body):  # interim answers, empty chunks, trailers without end
+                raise TooBig(f"{received} bytes have come, {len(answer.body)} of them belong to the answer")
             deadline += len(data) / SLOWEST_ANSWER
             if now() > deadline and not answer.done:
                 raise TimeoutError(errno.ETIMEDOUT, "timed out")
         self.used = True
+        answer.keep_alive = answer.keep_alive and not answer.excess
         return answer
+
+    def is_over(self) -> bool:
+        """Whether, while nothing was asked, it has been closed, or something has come that nobody asked for."""
+        return readable(self.fileno(), 0)
 
 
 # ---- what both APIs mean ------------------------------------------------------------------------------
@@ -1732,8 +1837,9 @@ _V3_MESSAGES = (  # a part of the message, the error, what to do about it
     ("auth store is old", EtcdDenied, ""), ("permission denied", EtcdDenied, "the role of the user does not hold it"),
     ("CommonName of client", EtcdDenied, "with auth on, etcd's JSON gateway takes client certificates with an empty CN"
                                          " only: make one, and set ETCD_USERNAME and ETCD_PASSWORD"),
+    ("HTTP request to an HTTPS server", EtcdUnreachable, _IS_IT_HTTPS),
     ("context deadline exceeded", EtcdUnreachable, ""), ("request timed out", EtcdUnreachable, ""),
-    ("no leader", EtcdUnreachable, ""),
+    ("no leader", EtcdUnreachable, "its cluster has no quorum, or is electing: look at the other members"),
     ("authentication handshake failed", EtcdUnreachable, "the server's certificate must be for client authentication"
                                                          " too: etcd's gateway connects to itself with it"),
 )
@@ -1870,10 +1976,13 @@ def v2_target(key: str, query: str = "", slash: str = "") -> str:
 def srv_questions(domain: str, record: str, name: str, scheme: str) -> list[tuple[str, str]]:
     """The SRV names to ask, in order, each with the scheme of what it names: the record alone, or those of a domain.
 
-    etcd's own names come first (name: their suffix, etcd's --discovery-srv-name), then confd's.
+    etcd's own names come first (name: their suffix, etcd's --discovery-srv-name), then confd's. UsageError.
     """
     if record:
         return [(record, scheme)]
+    if domain.startswith("_"):
+        raise UsageError(f'cannot use ETCD_SRV_DOMAIN: "{printable(domain)}" is a whole SRV name'
+                         " (say ETCD_SRV_RECORD, or the domain alone, as in example.org)")
     suffix = f"-{name}" if name else ""
     questions = [(f"_etcd-client-ssl{suffix}._tcp.{domain}", "https"), (f"_etcd-client{suffix}._tcp.{domain}", scheme)]
     if scheme == "http":
@@ -1903,7 +2012,7 @@ def srv_endpoints(questions: Sequence[tuple[str, str]], deadline: float) -> tupl
                     break
                 continue
             source = f"SRV {question.rstrip('.')}"
-            return [Endpoint(scheme, record.target.rstrip("."), record.port, source, srv_domain(question),
+            return [Endpoint(scheme, record.target, record.port, source, srv_domain(question),
                              record.priority, tuple(record.addresses)) for record in answer.records], answer.ttl
     raise next((failure for failure in failures if failure.temporary), failures[0])
 
@@ -1923,7 +2032,8 @@ class Etcd:
     """
 
     __slots__ = ("api", "endpoints", "connect_timeout", "answer_timeout", "username", "password", "tls", "server_name",
-                 "questions", "_connection", "_current", "_base", "_token", "_deadline", "_srv_until", "_srv_asked")
+                 "questions", "_connection", "_current", "_base", "_token", "_deadline", "_srv_until", "_srv_asked",
+                 "_srv_failed")
 
     def __init__(self, endpoints: Iterable[str] = (), *, api: str = "auto", connect_timeout: float = CONNECT_TIMEOUT,
                  answer_timeout: float = ANSWER_TIMEOUT, scheme: str = "", username: Secret | None = None,
@@ -1940,11 +2050,20 @@ class Etcd:
         if scheme not in ("", "http", "https"):
             raise UsageError(f'not a scheme: "{printable(scheme)}" (https or http)')
         if bool(username) != bool(password):
-            raise UsageError("ETCD_USERNAME and ETCD_PASSWORD belong together: one of them is not set")
-        self.endpoints = [parse_endpoint(endpoint, scheme or "https", source) for endpoint in endpoints]
+            missing = "ETCD_PASSWORD" if username else "ETCD_USERNAME"
+            raise UsageError(f"ETCD_USERNAME and ETCD_PASSWORD belong together: {missing} is not set")
+        if not re.fullmatch(r"[\w-][\w.:-]*", server_name or "target", re.ASCII):
+            raise UsageError(f'cannot use ETCD_TLS_SERVER_NAME: "{printable(server_name)}" is not a host name, an'
+                             ' address or "target"')
+        for name, seconds in (("ETCD_CONNECT_TIMEOUT", connect_timeout), ("ETCD_ANSWER_TIMEOUT", answer_timeout)):
+            if not seconds:
+                raise UsageError(f"cannot use {name}: nothing is done in 0 s")
+        parsed = [parse_endpoint(endpoint, scheme or "https", source) for endpoint in endpoints]
+        self.endpoints = list({str(endpoint): endpoint for endpoint in parsed}.values())
         if not self.endpoints and not questions:
             raise UsageError("nothing tells where etcd is: set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or"
-                             " --node (example: ETCD_ENDPOINTS=https://etcd1.example.org:2379)")
+                             " --node (examples: ETCD_SRV_DOMAIN=example.org,"
+                             " ETCD_ENDPOINTS=https://etcd1.example.org:2379)")
         plain = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "http"]
         plain += [question for question, scheme_there in questions if scheme_there == "http"]
         if password and plain and scheme != "http":
@@ -1960,6 +2079,7 @@ class Etcd:
         self._token: str | None = None  # "" when auth is off, None when we have not asked
         self._deadline = 0.0  # for the endpoint that is being asked
         self._srv_until = self._srv_asked = 0.0  # when the SRV answer ends, when it was asked for
+        self._srv_failed = False  # the last lookup has, and that was told
         self._name_servers(self.endpoints)
 
     @classmethod
@@ -1970,7 +2090,7 @@ class Etcd:
 
         questions: list[tuple[str, str]] = []
         if not flags.get("node") and (value("srv-record") or value("srv-domain")):
-            questions = srv_questions(value("srv-domain"), value("srv-record"), value("srv-name"),
+            questions = srv_questions(value("srv-domain").strip(), value("srv-record").strip(), value("srv-name"),
                                       value("scheme") or "https")
         if value("insecure-skip-verify"):
             log.warning("ETCD_INSECURE_SKIP_VERIFY is set: anybody on the way can pretend to be etcd")
@@ -1980,6 +2100,13 @@ class Etcd:
                    connect_timeout=value("connect-timeout"), answer_timeout=value("answer-timeout"), tls=tls,
                    username=secret("username", flags, environ), password=secret("password", flags, environ),
                    server_name=value("tls-server-name"), source="--node" if flags.get("node") else "ETCD_ENDPOINTS")
+
+    @property
+    def source(self) -> str:
+        """What tells where etcd is, and what it says: "ETCD_ENDPOINTS: https://etcd1:2379", or the SRV names."""
+        if self.questions:
+            return ", ".join(f"SRV {question}" for question, _ in self.questions)
+        return f"{self.endpoints[0].source}: {', '.join(map(str, self.endpoints))}"
 
     def close(self) -> None:
         """Close the kept connection. The client can be used again."""
@@ -2132,7 +2259,7 @@ class Etcd:
             try:
                 return self._post(endpoint, path, body, request, self._token or "")
             except EtcdDenied as error:
-                if not self.username or not any(text in error.text for text in _TOKEN_REFUSED):
+                if not self.username or error.code != 16 and not any(text in error.text for text in _TOKEN_REFUSED):
                     raise
             self._log_in(endpoint)  # the token was forgotten, or auth was switched on or off
             return self._post(endpoint, path, body, request, self._token or "")
@@ -2143,16 +2270,19 @@ class Etcd:
     def _log_in(self, endpoint: Endpoint) -> None:
         """Get a token. etcd spends 60 ms on checking a password, so one is kept until it is refused."""
         assert self.username and self.password
-        self._token = None
+        old, self._token = self._token or "", None
         name = self.username.text()
+        request = f'log in as "{printable(name)}"'
         try:
-            data = self._post(endpoint, "/auth/authenticate", {"name": name, "password": self.password.text()},
-                              f'log in as "{printable(name)}"')
-            self._token = str(data.get("token", ""))
+            data = self._post(endpoint, "/auth/authenticate", {"name": name, "password": self.password.text()}, request)
         except EtcdError as error:
             if error.code != 9:  # authentication is not enabled
                 raise
-            self._token = ""
+            data = {"token": ""}
+        token = data.get("token")
+        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
+            raise EtcdAnswerError(str(endpoint), request, "the answer holds no token (is it an etcd?)")
+        self._token = conceal(token, instead_of=old)
 
     def _post(self, endpoint: Endpoint, path: str, body: Mapping[str, Any], request: str,
               token: str = "") -> dict[str, Any]:
@@ -2174,7 +2304,8 @@ class Etcd:
     def _v2_headers(self) -> dict[str, str]:
         if not self.username or not self.password:
             return {}
-        return {"Authorization": "Basic " + base64_text(key_bytes(f"{self.username.text()}:{self.password.text()}"))}
+        login = base64_text(key_bytes(f"{self.username.text()}:{self.password.text()}"))
+        return {"Authorization": "Basic " + conceal(login)}
 
     def _v2(self, method: str, target: str, request: str, missing: bool = False) -> tuple[int, dict[str, Any] | None]:
         """One request of the v2 keys API: X-Etcd-Index and the node; None for a missing key where that is no error."""
@@ -2211,7 +2342,7 @@ class Etcd:
         """
         self._look_up(request)
         deadline = now() + self.answer_timeout
-        patience, pause = FIRST_TRY * self.answer_timeout, BACKOFF_FIRST
+        patience, pause = FIRST_TRY * self.answer_timeout, ROUND_FIRST
         failures: dict[str, EtcdError] = {}  # the last of each endpoint
         while True:
             late = False
@@ -2242,7 +2373,7 @@ class Etcd:
             if not late or now() + pause >= deadline:
                 break
             time.sleep(jitter(pause))
-            patience, pause = 2 * patience, min(2 * pause, BACKOFF_LONGEST)
+            patience, pause = 2 * patience, min(2 * pause, ROUND_LONGEST)
         if len(failures) == 1:
             raise next(iter(failures.values()))
         told = "; ".join(f"{endpoint}: {failure.text}" for endpoint, failure in failures.items())
@@ -2260,33 +2391,37 @@ class Etcd:
             if self.server_name:
                 endpoint.server_name = endpoint.host if self.server_name == "target" else self.server_name
 
-    def _look_up(self, request: str, again: bool = False) -> bool:
+    def _look_up(self, request: str, again: bool = False, wait: bool = True) -> bool:
         """Ask DNS for the endpoints: at first, when its answer has become old, or again as all of them failed.
 
         True if there are endpoints or addresses that were not there before. Those that DNS does not name any more are
-        dropped, the others keep their place and state. At first NXDOMAIN is not believed for SRV_PATIENCE.
+        dropped, the others keep their place and state. At first NXDOMAIN is not believed for SRV_PATIENCE, if wait.
         """
+        patience_at_start = SRV_PATIENCE if wait else 0.0
         if not self.questions or now() < (self._srv_asked + SRV_SHORTEST if again else self._srv_until):
             return False
-        first, pause, started = not self.endpoints, BACKOFF_FIRST, now()
+        first, pause, started = not self.endpoints, ROUND_FIRST, now()
         while True:
             try:
                 patience = self.answer_timeout if first else self.connect_timeout
                 found, ttl = srv_endpoints(self.questions, now() + patience)
                 break
+            except DnsBadName as error:
+                raise UsageError(f"{error} (see ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_SRV_NAME)") from None
             except DnsError as error:
                 self._srv_asked, self._srv_until = now(), now() + jitter(SRV_RETRY)
-                if not first or now() + pause > started + SRV_PATIENCE:
+                if not first or now() + pause > started + patience_at_start:
                     if first:
                         self._srv_until = 0.0
                         raise EtcdUnreachable("", request, f"DNS does not tell where etcd is: {error}") from None
-                    log.warning(f"the last endpoints are used: {error}")
+                    log("debug" if self._srv_failed else "warning", f"the last endpoints are used: {error}")
+                    self._srv_failed = True
                     return False
-                if pause == BACKOFF_FIRST:
+                if pause == ROUND_FIRST:
                     log.info(f"waiting for DNS: {error}")
             time.sleep(jitter(pause))
-            pause = min(2 * pause, BACKOFF_LONGEST)
-        self._srv_asked, self._srv_until = now(), now() + max(ttl, SRV_SHORTEST)
+            pause = min(2 * pause, ROUND_LONGEST)
+        self._srv_asked, self._srv_until, self._srv_failed = now(), now() + max(ttl, SRV_SHORTEST), False
         self._name_servers(found)
         known = {str(endpoint): endpoint for endpoint in self.endpoints}
         named = {str(endpoint): endpoint for endpoint in found}
@@ -2372,7 +2507,7 @@ class Etcd:
         started = now()
         while True:
             connection = self._connection
-            if connection is None or connection.endpoint is not endpoint:
+            if connection is None or connection.endpoint is not endpoint or connection.used and connection.is_over():
                 connection = self._connect(endpoint, request)
             try:
                 answer = connection.exchange(message, self._deadline - now(), limit)
@@ -2396,6 +2531,8 @@ class Etcd:
         deadline = min(self._deadline, started + self.connect_timeout)
         try:
             tls = self.tls if endpoint.scheme == "https" and not plain else None
+            if tls:
+                tls.context()  # what is wrong with our own certificates goes before what is wrong elsewhere
             self._connection = Connection(endpoint, deadline, tls)
         except TimeoutError:
             text = f"no connection within {round(now() - started, 1):g} s"
@@ -2412,7 +2549,7 @@ class Etcd:
             return EtcdTlsError(str(endpoint), request, _TLS_CLOSED)
         unanswered = str(error).endswith("without an answer")
         kind = EtcdAnswerError if isinstance(error, ValueError) and not unanswered else EtcdUnreachable
-        hint = " (is it https?)" if unanswered and endpoint.scheme == "http" else ""
+        hint = f" ({_IS_IT_HTTPS})" if unanswered and endpoint.scheme == "http" else ""
         return kind(str(endpoint), request, reason(error) + hint)
 
     def _object(self, answer: Answer, endpoint: Endpoint, request: str) -> dict[str, Any]:
@@ -2431,6 +2568,15 @@ class Etcd:
 
 # ---- what is wrong with the way to etcd ---------------------------------------------------------------
 
+_CONNECT_REMEDIES = {  # a part of why there is no connection: what to look at
+    "connection refused": "nothing listens there: is etcd running, is this its client port and an address that its"
+                          " --listen-client-urls names?",
+    "no connection within": "is the host up, the address right, and no firewall between?",
+    "no route to host": "is the host up, and in a network that this one reaches?",
+    "unreachable": "is there a route to it from here?",
+}
+
+
 def examine(flags: Mapping[str, Any], keys: Iterable[str],
             environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, bool, str]]:
     """Walk the way to etcd: for each step its name, whether it is passable, and what was seen or what to do.
@@ -2441,27 +2587,38 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
         client = Etcd.from_settings(flags, environ)
         if client.questions or any(endpoint.scheme == "https" for endpoint in client.endpoints):
             client.tls.context()
+        user = f'as "{printable(client.username.text())}" ({client.username})' if client.username else "without a user"
+        password = f"password from {client.password}" if client.password and client.password.text() else ""
     except UsageError as error:
         yield "environment", False, str(error)
         return
-    asked = ", ".join(f"SRV {question}" for question, _ in client.questions)
-    source = asked or f"{client.endpoints[0].source}: {', '.join(map(str, client.endpoints))}"
-    yield "environment", True, f"{source}; {'with' if client.username else 'without'} a user"
+    tls = client.tls
+    told = [client.source, user, password, f"CA from {tls.ca}" if tls.ca else "",
+            f"client certificate from {tls.cert}, its key from {tls.key}" if tls.cert else "",
+            "" if tls.verify else "certificates are not verified (ETCD_INSECURE_SKIP_VERIFY)"]
+    yield "environment", True, "; ".join(filter(None, told))
     if client.questions or not all(is_address(endpoint.host) for endpoint in client.endpoints):
         config = load_dns_config(environ=environ)
         search = f"; search {' '.join(config.search)}" if config.search else ""
-        yield "resolv.conf", True, f"nameservers {', '.join(map(_server_text, config.servers))}{search}"
+        absent = "" if os.path.isfile(config.source) else f" ({config.source} is not there)"
+        yield "resolv.conf", True, f"nameservers {', '.join(map(_server_text, config.servers))}{absent}{search}"
     if client.questions:
         try:
-            client._look_up("find etcd")
-        except EtcdError as error:
-            yield "SRV", False, error.text
+            client._look_up("find etcd", wait=False)
+        except Error as error:
+            yield "SRV", False, error.text if isinstance(error, EtcdError) else str(error)
             return
-        yield "SRV", True, ", ".join(f"{endpoint} (priority {endpoint.priority})" for endpoint in client.endpoints)
+        yield "SRV", True, ", ".join(f"{endpoint} (priority {endpoint.priority}, by {endpoint.source})"
+                                     for endpoint in client.endpoints)
     passable = list(client.endpoints)
 
     def connect(endpoint: Endpoint) -> str:
-        client._connect(endpoint, "connect", plain=True)
+        try:
+            client._connect(endpoint, "connect", plain=True)
+        except EtcdUnreachable as error:
+            remedy = next((remedy for part, remedy in _CONNECT_REMEDIES.items() if part in error.text), "")
+            raise EtcdUnreachable(error.endpoint, error.request,
+                                  f"{error.text} ({remedy})" if remedy else error.text) from None
         return "connected"
 
     def handshake(endpoint: Endpoint) -> str:
@@ -2482,24 +2639,27 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
         return state or "told by the v2 API only for each key"
 
     for step, look in (("connect", connect), ("TLS", handshake), ("etcd", ask_version), ("authentication", log_in)):
-        told: list[str] = []
+        seen: list[str] = []
         for endpoint in list(passable):
             client._deadline = now() + client.answer_timeout
             try:
-                told.append(f"{endpoint}: {look(endpoint)}")
+                seen.append(f"{endpoint}: {look(endpoint)}")
             except EtcdError as error:
                 passable.remove(endpoint)
-                told.append(f"{endpoint}: {error.text}")
-        yield step, bool(passable), "; ".join(told)
+                seen.append(f"{endpoint}: {error.text}")
+        yield step, bool(passable), "; ".join(seen)
         if not passable:
             return
+    asked = top_keys(keys)
     try:
-        asked_keys = list(keys)
-        revision, pairs = client.read(asked_keys)
-        found = f"{len(pairs)} keys at revision {revision}, by API v{client.api}"
-        yield "read", bool(pairs), found if pairs else (
-            f"there is no key at or below {', '.join(asked_keys)} in API v{client.api} (check ETCD_PREFIX, and that the"
-            " keys were written by the same API)")
+        revision, pairs = client.read(asked)
+        inside = {key: at_or_below([key]) for key in asked}
+        empty = [key for key in asked if not any(inside[key](name) for name, _ in pairs)]
+        nothing = f"no key at or below {', '.join(empty)}"
+        found = f"{len(pairs)} keys at or below {', '.join(asked)} at revision {revision}, by API v{client.api}"
+        yield "read", bool(pairs), found + f"; {nothing}" * bool(empty) if pairs else (
+            f"there is {nothing} in API v{client.api} (check ETCD_PREFIX, and that the keys were written by the same"
+            " API)")
     except EtcdError as error:
         yield "read", False, str(error)
     client.close()
@@ -2716,6 +2876,7 @@ class Watch:
         if self.stale or not self.keys:
             return events
         try:
+            self._follow_dns()
             if not self._streams and now() >= self._retry_at:
                 self._connect()
             for stream in list(self._streams):
@@ -2751,6 +2912,15 @@ class Watch:
         for group in [[span] for span in self._spans] if etcd.api == 2 else [self._spans]:
             self._streams.append(self._start(group))
         self._heard = now()
+
+    def _follow_dns(self) -> None:
+        """Leave a member that DNS does not name any more, however well it is."""
+        if self._streams:
+            self._etcd._look_up(self._request)
+            if self._endpoint not in self._etcd.endpoints:
+                log.info(f"DNS does not name {self._endpoint} any more: another member is watched")
+                self.close()
+                self._retry_at = now()
 
     def _link(self) -> Connection:
         """A new connection to the member that is watched."""
@@ -11478,6 +11648,7 @@ _VALUE_WORDS = {"confdir": "DIR", "compat": "confd", "prefix": "KEY", "node": "U
                 "log-level": "LEVEL", "log-format": "FORMAT",
                 "services": "DIR", "run": "DIR", "grace": "TIME", "signals": "SIGNAL=ACTION"}
 _KEY_FLAGS = ("keys", "node", "api", "prefix")  # where keys come from
+_ETCD_FLAGS = _KEY_FLAGS[1:]
 _LOG_FLAGS = ("log-level", "log-format", "help")
 _RUN_FLAGS = ("run", *_LOG_FLAGS)
 
@@ -11503,8 +11674,7 @@ def _flag_row(name: str) -> tuple[str, str, str, str]:
         flag = FLAGS[name]
         return flag.kind, flag.value, flag.help, ""
     row = SETTINGS[name]
-    default = row.default if isinstance(row.default, (str, tuple)) else f"{row.default:g}"
-    default = ",".join(default) if isinstance(default, tuple) else default
+    default = _default_of(row)
     value = _VALUE_WORDS.get(name, "TEXT") if row.kind != "flag" else ""
     return row.kind, value, row.help, row.env + (f", else {default}" if default else "")
 
@@ -11592,11 +11762,28 @@ def program_help() -> str:
     """The help of the program."""
     verbs = [(f"{verb.name} {verb.arguments}".rstrip(), verb.help.partition("\n")[0]) for verb in VERBS.values()]
     examples = "".join(f"  {verb.example.splitlines()[0]}\n" for verb in VERBS.values())
+    variables = [(row.env + "*" * (row.kind in ("credential", "secret")), row.help) for row in environment_only()]
     return (f"usage: etcdinit VERB [FLAG ...] [ARGUMENT ...]\n\n{__doc__.partition(chr(10))[0] if __doc__ else ''}\n\n"
             f"verbs (etcdinit VERB --help tells more):\n{_indented(verbs)}\nexamples:\n{examples}\n"
+            f"environment (*: {CREDENTIAL_FORMS}):\n{_indented(variables)}\n"
             f"Every flag wins over its environment variable, and that over the default.\n"
             f"Exit code: {EXIT_MEANINGS}.\n")
 
+
+def environment_only() -> list[Setting]:
+    """The settings that no verb has a flag for: secrets do not belong on command lines, where all can read them."""
+    flags = {name for verb in VERBS.values() for name in verb.flags}
+    return [row for row in SETTINGS.values() if row.name not in flags]
+
+
+def _default_of(row: Setting) -> str:
+    """The default of a setting as its variable would say it."""
+    if isinstance(row.default, (str, tuple)):
+        return row.default if isinstance(row.default, str) else ",".join(row.default)
+    return f"{row.default:g}"
+
+
+CREDENTIAL_FORMS = "NAME can also be NAME_FILE, the path of a file that holds it, or a file /run/secrets/NAME or /name"
 
 EXIT_MEANINGS = (f"{EXIT_OK} all done, {EXIT_FAILED} something failed and was told, {EXIT_USAGE} wrong usage, "
                  f"{EXIT_NO_ETCD} etcd not reached")
@@ -11617,8 +11804,11 @@ def reference() -> str:
         env, _, default = otherwise.partition(", else ")
         flags.append((f"`--{name} {value}".rstrip() + "`", env and f"`{env}`", default and f"`{default}`", help))
     keys = [(f"`{row.name}`", row.kind, _default_text(row), row.help) for row in RESOURCE_KEYS.values()]
+    variables = [(f"`{row.env}`", "yes" * (row.kind in ("credential", "secret")),
+                  f"`{_default_of(row)}`" * bool(_default_of(row)), row.help) for row in environment_only()]
     return "\n".join([table(("verb", "what it does", "example"), *verbs),
                       table(("flag", "environment", "default", "meaning"), *flags),
+                      table(("environment, without a flag", "or in a file", "default", "meaning"), *variables),
                       table(("key in [template]", "kind", "default", "meaning"), *keys),
                       f"Exit code: {EXIT_MEANINGS}.\n"])
 
@@ -11726,7 +11916,7 @@ def render_verb(words: list[str], flags: dict[str, Any]) -> int:
                             show_diff if flags.get("diff") else None)
     interval = setting("interval", flags)
     source = _source(flags)
-    log.info(f"Backend source(s) set to {flags.get('keys') or ', '.join(setting('node', flags))}")
+    log.info(f"Backend source(s) set to {flags.get('keys') or source.source}")
     stop.install()
     try:
         if flags.get("once"):
@@ -11800,6 +11990,58 @@ def ls_verb(words: list[str], flags: dict[str, Any]) -> int:
              for name in tree.children(key)]
     write_out("".join(f"{name}\n" for name in names or [key.rpartition("/")[2]] * (key in tree)))
     return EXIT_OK
+
+
+# ---- verbs that look at the way to etcd ---------------------------------------------------------------
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, aligned, without secrets and control characters."""
+    shown = [[printable(mask(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return "".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n"
+                   for row in shown)
+
+
+def _json_out(value: object) -> None:
+    write_out(mask(json.dumps(value, indent=2)) + "\n")
+
+
+def endpoints_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit endpoints."""
+    client = Etcd.from_settings(flags)
+    rows = client.survey()
+    if flags.get("json"):
+        _json_out(rows)
+    else:
+        head = ("ENDPOINT", "SOURCE", "PRIORITY", "VERSION", "LATENCY", "LEADER", "AUTH", "TLS", "STATE")
+        yes = {True: "yes", False: "no", None: "-"}
+        write_out(_columns([head, *(
+            (row["endpoint"], row["source"], str(row["priority"]), row["version"] or "-",
+             "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f} ms", yes[row["leader"]],
+             row["auth"] or "-", row["tls"] + f" until {row['certificate_end']}" * bool(row["certificate_end"]) or "-",
+             row["error"] or "ok") for row in rows)]))
+    return EXIT_OK if any(not row["error"] for row in rows) else EXIT_NO_ETCD
+
+
+_DOCTOR_CODES = {"environment": EXIT_USAGE, "authentication": EXIT_FAILED, "read": EXIT_FAILED}  # others: no etcd
+
+
+def doctor_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit doctor."""
+    prefix = setting("prefix", flags)
+    keys = [effective_prefix(prefix, word) for word in words]
+    resources = load_resources(setting("confdir", flags), prefix)[0]
+    keys = keys or [key for resource in resources for key in resource.lookups] or [effective_prefix("", prefix)]
+    code, steps = EXIT_OK, []
+    for step, passable, told in examine(flags, keys):
+        if not passable:
+            code = _DOCTOR_CODES.get(step, EXIT_NO_ETCD)
+        steps.append({"step": step, "ok": passable, "text": told})
+        if not flags.get("json"):
+            write_out(f"{'ok' if passable else 'FAILED':6}  {step:14}  {printable(mask(told))}\n")
+    if flags.get("json"):
+        _json_out(steps)
+    return code
 
 
 # ---- verbs of the supervisor --------------------------------------------------------------------------
@@ -11984,6 +12226,15 @@ VERBS = {row.name: row for row in (
          "etcdinit get /lb/upstreams/web/1", get_verb),
     Verb("ls", "[KEY]", (*_KEY_FLAGS, *_LOG_FLAGS), "List the names directly below a key (below --prefix).",
          "etcdinit ls /lb/upstreams", ls_verb),
+    Verb("endpoints", "", ("json", *_ETCD_FLAGS, *_LOG_FLAGS),
+         "List the members of etcd: what named them, version, latency, leader, auth, TLS.\n"
+         "The exit code is 3 if none of them answers.",
+         "etcdinit endpoints\netcdinit endpoints --json --node https://10.0.0.1:2379", endpoints_verb),
+    Verb("doctor", "[KEY ...]", ("json", "confdir", *_ETCD_FLAGS, *_LOG_FLAGS),
+         "Walk the way to etcd and stop at the first thing wrong, with its remedy.\n"
+         "Steps: environment, resolv.conf, SRV, connect, TLS, etcd, authentication, read of KEY, or else of the keys "
+         "that the resources of conf.d need.",
+         "etcdinit doctor\netcdinit doctor /lb --node http://10.0.0.1:2379", doctor_verb),
     Verb("init", "[CMD ...]", ("services", "run", "grace", "signals", *_LOG_FLAGS),
          "Be the init process of a container: hooks, services, then CMD.\n"
          "It ends with CMD, with an essential service, or when it is told to; called as /init all words are CMD.",

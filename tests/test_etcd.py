@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import need
+from support import eventually, need
 from support.etcd_fake import FakeEtcd
 from support.etcd_server import EtcdServer, b64, find_etcd
+from support.image import run
 
 from etcdinit import (
     MAX_HEAD,
@@ -25,11 +30,13 @@ from etcdinit import (
     EtcdTooBig,
     EtcdUnreachable,
     KeyTree,
+    Secret,
     TooBig,
     UsageError,
     at_or_below,
     http_request,
     key_ranges,
+    mask,
     parse_endpoint,
     range_end,
     top_keys,
@@ -42,14 +49,17 @@ from etcdinit import (
     ("http://10.0.0.1:2379", "http://10.0.0.1:2379"), ("10.0.0.1:4001", "https://10.0.0.1:4001"),
     ("etcd1", "https://etcd1:2379"), ("https://etcd-1.example.org:443/", "https://etcd-1.example.org:443"),
     ("[::1]:2379", "https://[::1]:2379"), ("https://[fd00::1]", "https://[fd00::1]:2379"),
-    (" a_b:1 ", "https://a_b:1"),
+    (" a_b:1 ", "https://a_b:1"), ("HTTP://A:1//", "http://A:1"), ("a.example.org.:1", "https://a.example.org:1"),
+    ("http://[fe80::1%eth0]:1", "http://[fe80::1%eth0]:1"), ("[fe80::1%25eth0]", "https://[fe80::1%eth0]:2379"),
+    ("[fe80::1%25]", "https://[fe80::1%25]:2379"), ("[::ffff:10.0.0.1]:1", "https://[::ffff:10.0.0.1]:1"),
 ])
 def test_an_endpoint_is_read_in_all_its_forms(text: str, url: str) -> None:
     assert str(parse_endpoint(text)) == url
 
 
 @pytest.mark.parametrize("text", ["", "http://", "ftp://a:1", "a:0", "a:65536", "a:b", "::1", "[::1", "a b", "a:1/x",
-                                  "http://a:1\r\nX: y", "[::1]x", "a:-1"])
+                                  "http://a:1\r\nX: y", "[::1]x", "a:-1", "http://a:1/v3", "http://a:1?x", "a:1#x",
+                                  "[1:2]", "[::g]", "[::1%]", "http:/a:1", ".a:1", "ä:1", "a:1,b:1", "a:٣"])
 def test_a_wrong_endpoint_is_quoted_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="not an etcd endpoint: .*example") as caught:
         parse_endpoint(text)
@@ -60,6 +70,28 @@ def test_user_and_password_in_an_endpoint_are_refused_and_not_shown() -> None:
     with pytest.raises(UsageError, match="holds no user and password: set ETCD_USERNAME") as caught:
         parse_endpoint("http://root:geheim@10.0.0.1:2379")
     assert "geheim" not in str(caught.value)
+
+
+def test_what_a_scope_and_a_last_dot_say_stays_here() -> None:
+    for text, host, authority in (("[fe80::1%eth0]:1", "fe80::1%eth0", "[fe80::1]:1"),
+                                  ("a.test.:1", "a.test.", "a.test:1")):
+        endpoint = parse_endpoint(text)
+        assert (endpoint.host, endpoint.authority) == (host, authority)
+        assert endpoint.server_name == authority.rpartition(":")[0].strip("[]")
+
+
+def test_a_list_of_endpoints_may_be_untidy() -> None:
+    given_so = {"ETCD_ENDPOINTS": " https://a:1, a:1 ,,http://b:2\n\thttps://A:1/  b:2,"}
+    assert [str(each) for each in Etcd.from_settings({}, given_so).endpoints] == [
+        "https://a:1", "http://b:2", "https://A:1", "https://b:2"]
+    with pytest.raises(UsageError, match="nothing tells where etcd is"):
+        Etcd.from_settings({}, {"ETCD_ENDPOINTS": " , ", "ETCD_SRV_DOMAIN": ""})
+
+
+@pytest.mark.parametrize("name", ["ETCD_CONNECT_TIMEOUT", "ETCD_ANSWER_TIMEOUT"])
+def test_a_timeout_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot use {name}: nothing is done in 0 s"):
+        Etcd.from_settings({}, {"ETCD_ENDPOINTS": "a:1", name: "0s"})
 
 
 def test_no_endpoint_and_no_api_are_told() -> None:
@@ -199,6 +231,113 @@ def test_a_damaged_answer_is_an_answer_or_a_value_error(data: bytes, damages: li
         parsed(data, b"")
     except ValueError:
         pass
+
+
+@contextmanager
+def canned(*answers: bytes, host: str = "127.0.0.1", pause: float = 0.0) -> Iterator[str]:
+    """A server that answers requests with these bytes in turn, the last one for ever; its URL."""
+    left = list(answers)
+
+    def serve(peer: socket.socket) -> None:
+        with peer, suppress(OSError):
+            while peer.recv(65536):
+                peer.sendall(left.pop(0) if len(left) > 1 else left[0])
+                time.sleep(pause)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host.partition("%")[0], 0), family=family) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        port = listener.getsockname()[1]
+        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def value(text: str) -> bytes:
+    """An answer that says that the key has this value."""
+    body = f'{{"header":{{"revision":"7"}},"kvs":[{{"key":"{b64("/a")}","value":"{b64(text)}"}}]}}'.encode()
+    return OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def test_what_comes_behind_an_answer_is_not_taken_for_the_next_one() -> None:
+    with canned(value("1") + value("false"), value("2")) as url:
+        client = impatient(url)
+        assert client.get("/a") == "1" and client._connection is None
+        assert client.get("/a") == "2"
+        client.close()
+
+
+def test_what_comes_while_nothing_is_asked_is_not_taken_for_an_answer() -> None:
+    with canned(value("1"), value("2")) as url:
+        client = impatient(url)
+        assert client.get("/a") == "1" and client._connection
+        assert not client._connection.is_over()
+        client._connection._socket, ours = socket.socketpair()  # type: ignore[assignment]
+        client._connection._socket.setblocking(False)
+        ours.sendall(value("false"))
+        assert client.get("/a") == "2"
+        client.close()
+
+
+@pytest.mark.parametrize("padding", [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 100 C\r\n\r\n"])
+def test_interim_answers_are_skipped_and_come_to_an_end(padding: bytes) -> None:
+    with canned(padding * 50 + value("1")) as url:
+        client = impatient(url)
+        assert client.get("/a") == "1"
+        client.close()
+    with canned(padding * 20_000) as url, pytest.raises(EtcdTooBig, match="0 of them belong to the answer"):
+        impatient(url).get("/a")
+
+
+@pytest.mark.parametrize("part, belongs", [
+    (b"1;a=" + b"x" * 900 + b"\r\nx\r\n", r"\d+"), (b"0\r\n" + b"X-Trailer: x\r\n" * 100_000, "0")])
+def test_wrapping_around_nothing_comes_to_an_end(part: bytes, belongs: str) -> None:
+    head = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    with canned(head + part * (1 if b"Trailer" in part else 5000)) as url:
+        with pytest.raises(EtcdTooBig, match=f"bytes have come, {belongs} of them belong to the answer"):
+            impatient(url).get("/a")
+
+
+def test_endpoints_with_an_ipv6_address_and_a_scope_are_reached() -> None:
+    need("00000000000000000000000000000001" in Path("/proc/net/if_inet6").read_text(), "no IPv6 on loopback")
+    for host in ("::1", "::1%lo"):
+        with canned(value("6"), host=host) as url:
+            client = impatient(url)
+            assert client.get("/a") == "6"
+            client.close()
+    with pytest.raises(EtcdUnreachable, match=r"http://\[fe80::1%no-such\]:1: no (interface|such)"):
+        impatient("http://[fe80::1%no-such]:1").get("/a")
+
+
+def test_a_token_that_is_none_is_no_way_into_our_requests() -> None:
+    for token in ('"x\\r\\nX-Evil: 1"', '"\u20ac"', "7", "null"):
+        body = f'{{"header":{{}},"token":{token}}}'.encode()
+        with canned(OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)) as url:
+            login = {"username": Secret("U", "app"), "password": Secret("P", "x")}
+            client = Etcd([url], scheme="http", answer_timeout=1.0, **login)  # type: ignore[arg-type]
+            with pytest.raises(EtcdAnswerError, match='cannot log in as "app" at .*: the answer holds no token'):
+                client.get("/a")
+
+
+def test_a_token_is_blotted_out_of_what_a_server_says(fake: FakeEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("etcdinit._secrets", [])
+    body = b'{"header":{},"token":"token-one.7"}'
+    echo = b"you sent Authorization: token-one.7"
+    with canned(OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body),
+                b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%s" % (len(echo), echo)) as url:
+        client = Etcd([url], api="3", scheme="http", username=Secret("U", "app"), password=Secret("P", "x"))
+        with pytest.raises(EtcdError) as caught:
+            client.get("/a")
+    assert "token-one.7" in str(caught.value) and "token-one.7" not in mask(str(caught.value))
+
+
+def test_proxies_of_the_environment_are_not_asked(fake: FakeEtcd, program: list[str]) -> None:
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
+    assert run([*program, "get", "/a", "--node", fake.url], env=proxies).out == "1\n"
 
 
 def test_a_request_is_complete() -> None:
@@ -366,7 +505,7 @@ def impatient(*urls: str, api: str = "3") -> Etcd:
 
 @pytest.mark.parametrize("api", ["2", "3"])
 @pytest.mark.parametrize("fault, kind, message", [
-    ("close", EtcdUnreachable, r"the connection was closed without an answer \(is it https\?\)"),
+    ("close", EtcdUnreachable, r"the connection was closed without an answer \(is it https\? then say https:// .*\)"),
     ("reset", EtcdUnreachable, "connection reset by peer"),
     ("stall", EtcdUnreachable, r"no answer within 0\.\d s"),
     ("half", EtcdAnswerError, "the connection was closed in the middle of the answer"),
@@ -415,6 +554,18 @@ def test_a_connection_that_the_server_closed_meanwhile_is_opened_again(fake: Fak
     assert client.get("/a") == "1" and client.get("/a") == "1" and fake.connections == 1
     fake.fail("close")
     assert client.get("/a") == "1" and fake.connections == 2
+    client.close()
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used(fake: FakeEtcd) -> None:
+    client = impatient(fake.url)
+    assert client.get("/a") == "1" and client._connection
+    for peer in list(fake.peers):
+        peer.shutdown(socket.SHUT_RDWR)  # as etcd does with connections that nobody uses
+    assert eventually(client._connection.is_over)
+    asked = len(fake.requests)
+    assert client.get("/a") == "1" and fake.connections == 2
+    assert len(fake.requests) == asked + 1  # and nothing was asked twice
     client.close()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import pty
 import socket
 import ssl
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +90,47 @@ def test_a_credential_file_is_read_again_when_it_changes_and_kept_when_it_vanish
         Secret("ETCD_KEY_FILE", path=str(file)).text()
 
 
+def test_what_is_no_file_with_a_credential_is_told_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # to open it would block for ever
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "huge").write_bytes(b"x" * (etcdinit.SECRET_SIZE + 1))
+    for file, why in (("", "it is a directory"), ("fifo", "it is not a regular file"), ("empty", "it is empty"),
+                      ("none", "no such file"), ("huge", "it is larger than 1048576 bytes"), ("empty/x", "not a dir")):
+        environ = {"ETCD_ENDPOINTS": "http://127.0.0.1:1", "ETCD_SCHEME": "http", "ETCD_USERNAME": "u",
+                   "ETCD_PASSWORD_FILE": f"{tmp_path}/{file}"}
+        with pytest.raises(UsageError, match=f"cannot read ETCD_PASSWORD_FILE from {tmp_path}/{file}: {why}"):
+            Etcd.from_settings({}, environ).password.text()  # type: ignore[union-attr]
+        assert [step[:2] for step in examine({}, ["/"], environ)] == [("environment", False)]
+    for empty in ({"ETCD_PASSWORD": ""}, {"ETCD_PASSWORD_FILE": ""}):
+        assert secret("password", {}, empty) is None
+
+
+def test_a_credential_file_that_is_written_in_place_is_not_lost_meanwhile(tmp_path: Path,
+                                                                        capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "word"
+    file.write_text("alpha")
+    credential = Secret("ETCD_PASSWORD_FILE", path=str(file), hidden=True)
+    assert credential.text() == "alpha"
+    file.write_text("")
+    assert [credential.text() for _ in range(3)] == ["alpha"] * 3
+    assert capfd.readouterr().err.count("the last one is used: it is empty") == 1
+    file.write_text("beta")
+    assert credential.text() == "beta" and etcdinit.mask("alpha beta") == "****** ******"
+
+
+def test_a_secret_is_blotted_out_in_its_visible_form_too() -> None:
+    etcdinit.conceal("tab\tbell\x07")
+    assert etcdinit.mask("tab\tbell\x07 " + etcdinit.printable("tab\tbell\x07")) == "****** ******"
+
+
+def test_every_variable_that_is_read_is_in_the_table() -> None:
+    import re
+    text = Path(etcdinit.__file__).read_text()
+    known = {row.env for row in etcdinit.SETTINGS.values()}
+    read = set(re.findall(r'"(ETCD_[A-Z_]+)"', text)) | set(re.findall(r'environ(?:\.get\(|\[)"(ETCD[A-Z_]+)"', text))
+    assert read <= known
+
+
 def test_services_get_no_secret_unless_told_so() -> None:
     environ = {"ETCD_PASSWORD": "p", "ETCD_KEY": "k", "ETCD_USERNAME": "u", "ETCD_CA": "c", "PATH": "/bin"}
     assert public_environment(environ) == {"ETCD_USERNAME": "u", "ETCD_CA": "c", "PATH": "/bin"}
@@ -95,9 +138,11 @@ def test_services_get_no_secret_unless_told_so() -> None:
 
 
 @pytest.mark.parametrize("environ, message", [
-    ({}, "set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or --node .example: ETCD_ENDPOINTS=https://"),
-    ({"ETCD_ENDPOINTS": "a:1", "ETCD_USERNAME": "u"}, "ETCD_USERNAME and ETCD_PASSWORD belong together"),
-    ({"ETCD_ENDPOINTS": "a:1", "ETCD_KEY": "u"}, "ETCD_CERT and ETCD_KEY belong together"),
+    ({}, "set ETCD_SRV_DOMAIN, ETCD_SRV_RECORD, ETCD_ENDPOINTS or --node .examples: ETCD_SRV_DOMAIN=example.org, "
+         "ETCD_ENDPOINTS=https://"),
+    ({"ETCD_ENDPOINTS": "a:1", "ETCD_USERNAME": "u"},
+     "ETCD_USERNAME and ETCD_PASSWORD belong together: ETCD_PASSWORD is not set"),
+    ({"ETCD_ENDPOINTS": "a:1", "ETCD_KEY": "u"}, "ETCD_CERT and ETCD_KEY belong together: ETCD_CERT is not set"),
     ({"ETCD_ENDPOINTS": "a:1", "ETCD_SCHEME": "ftp"}, 'not a scheme: "ftp"'),
     ({"ETCD_ENDPOINTS": "http://a:1", "ETCD_USERNAME": "u", "ETCD_PASSWORD": "geheim"},
      "the password is not sent over plain http to http://a:1: use https, or say ETCD_SCHEME=http"),
@@ -106,6 +151,20 @@ def test_wrong_settings_are_told(environ: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Etcd.from_settings({}, environ)
     assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("environ, message", [
+    ({"ETCD_SRV_DOMAIN": "_etcd._tcp.d.org"}, 'cannot use ETCD_SRV_DOMAIN: "_etcd._tcp.d.org" is a whole SRV name'),
+    ({"ETCD_ENDPOINTS": "a:1", "ETCD_TLS_SERVER_NAME": "*.d.org"}, 'cannot use ETCD_TLS_SERVER_NAME: ".*.d.org" is '),
+    ({"ETCD_ENDPOINTS": "a:1", "ETCD_TLS_SERVER_NAME": ".d.org"}, "cannot use ETCD_TLS_SERVER_NAME"),
+    ({"ETCD_ENDPOINTS": "a:1", "ETCD_TLS_SERVER_NAME": "höhe.org"}, "cannot use ETCD_TLS_SERVER_NAME"),
+    ({"ETCD_SRV_DOMAIN": "d .org"}, 'cannot look up "_etcd-client-ssl._tcp.d .org": not a DNS name .*ETCD_SRV_DOMAIN'),
+    ({"ETCD_SRV_RECORD": "_x._tcp.höhe.org"}, "xn-- form.*ETCD_SRV_RECORD"),
+    ({"ETCD_SRV_DOMAIN": "d.org", "ETCD_SRV_NAME": "a..b"}, "not a DNS name .*ETCD_SRV_NAME"),
+])
+def test_names_that_can_be_none_are_told_without_asking_anybody(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Etcd.from_settings({}, environ).get("/a")
 
 
 def test_https_is_the_default_and_the_flag_goes_before_srv_and_that_before_the_variable() -> None:
@@ -172,6 +231,57 @@ def test_a_ca_is_a_path_pem_text_base64_or_a_file(secure: EtcdServer, authority:
     assert value_of_a(secure.url) == "1"
 
 
+MANGLED = {  # what variables, YAML and editors do to PEM text
+    "CRLF": lambda pem: pem.replace("\n", "\r\n"),
+    "indented": lambda pem: pem.replace("\n", "\n    "),
+    "on one line": lambda pem: pem.replace("\n", " "),
+    "a written newline": lambda pem: pem.replace("\n", "\\n"),
+    "text around it": lambda pem: f"subject=x\n\ufeff{pem}\ntext",
+    "lines of 76 characters": lambda pem: "\n".join((lambda head, *body: [
+        head, *textwrap.wrap("".join(body[:-1]), 76), body[-1]])(*pem.strip().split("\n"))),
+    "base64 with line breaks": lambda pem: base64.encodebytes(pem.encode()).decode(),
+    "base64, indented, with CRLF": lambda pem: base64.encodebytes(pem.encode()).decode().replace("\n", "\r\n  "),
+}
+
+
+@pytest.mark.parametrize("form", MANGLED)
+def test_mangled_pem_text_is_understood(authority: Authority, form: str) -> None:
+    ours, mangle = authority.issue(), MANGLED[form]
+    tls = Tls(Secret("CA", mangle(authority.pem)), Secret("CERT", mangle(ours.cert)), Secret("KEY", mangle(ours.key)))
+    assert len(tls.context().get_ca_certs()) == 1
+
+
+def test_chains_and_combined_files_are_understood(authority: Authority, tmp_path: Path) -> None:
+    ours, other = authority.issue(), authority.issue()
+    both = tmp_path / "both.pem"
+    both.write_text(ours.key + ours.cert + authority.pem)
+    Tls(cert=Secret("CERT", path=str(both)), key=Secret("KEY", path=str(both))).context()
+    Tls(cert=Secret("CERT", other.key + ours.cert + authority.pem), key=Secret("KEY", ours.key + other.cert)).context()
+    assert len(Tls(Secret("CA", authority.pem + ours.cert + authority.pem)).context().get_ca_certs()) >= 1
+
+
+def test_an_encrypted_key_is_told_and_nobody_is_asked(authority: Authority, program: list[str], tmp_path: Path) -> None:
+    ours = authority.issue()
+    encrypted = {}
+    for name, command in (("pkcs8", ["pkey", "-aes128"]), ("legacy", ["ec", "-aes128"])):
+        file = tmp_path / f"{name}.key"
+        subprocess.run(["openssl", *command, "-in", ours.key_path, "-out", file, "-passout", "pass:geheim"], check=True,
+                       capture_output=True)
+        encrypted[name] = file
+    assert "Proc-Type" in encrypted["legacy"].read_text()
+    for key in (encrypted["pkcs8"], encrypted["legacy"]):
+        with pytest.raises(UsageError, match=f"cannot use ETCD_KEY from {key}: the key is encrypted, and nobody"):
+            Tls(cert=Secret("ETCD_CERT", ours.cert), key=Secret("ETCD_KEY", str(key))).context()
+    ours_end, theirs = pty.openpty()  # here it could ask, as OpenSSL does by itself
+    environ = {"ETCD_ENDPOINTS": "https://127.0.0.1:1", "ETCD_CERT": ours.cert, "PATH": os.environ["PATH"],
+               "ETCD_KEY": encrypted["pkcs8"].read_text().replace("ENCRYPTED ", "")}
+    on_tty = ["setsid", "-w", "sh", "-c", 'exec <>"$0" && exec "$@"', os.ttyname(theirs)]
+    ended = subprocess.run([*on_tty, *program, "get", "/a"], env=environ, stderr=subprocess.PIPE, text=True, timeout=30)
+    os.close(ours_end)
+    os.close(theirs)
+    assert ended.returncode == 2 and "cannot use ETCD_CERT and ETCD_KEY: " in ended.stderr, ended.stderr
+
+
 def test_an_unknown_authority_is_refused_with_the_remedy(secure: EtcdServer, tmp_path: Path) -> None:
     with pytest.raises(EtcdTlsError, match="signed by an authority that is not trusted here .set ETCD_CA") as caught:
         value_of_a(secure.url)
@@ -212,7 +322,7 @@ def test_skipping_verification_works_and_warns(secure: EtcdServer, capfd: pytest
 
 
 def test_http_where_https_is_and_the_other_way_round_are_told(secure: EtcdServer, etcd: EtcdServer) -> None:
-    with pytest.raises(EtcdUnreachable, match=r"\(is it https\?\)|speaks TLS"):
+    with pytest.raises(EtcdUnreachable, match="closed without an answer .is it https. then say https:// in the"):
         value_of_a(secure.url.replace("https", "http"))
     with pytest.raises(EtcdTlsError, match="closed in the TLS handshake .is it http"):
         value_of_a(etcd.url.replace("http", "https"))
@@ -287,7 +397,14 @@ def test_a_key_given_as_text_is_in_no_file_and_in_no_log_line(tmp_path: Path, au
     ("/no/such/file", "", "", "cannot read ETCD_CA from /no/such/file: no such file"),
     ("", "CERT", "-----BEGIN ENCRYPTED PRIVATE KEY-----\nx", "the key is encrypted"),
     ("", "CERT", "OTHER", "cannot use ETCD_CERT and ETCD_KEY: key values mismatch"),
-    ("", "-----BEGIN CERTIFICATE-----\nx", "KEY", "cannot use ETCD_CERT and ETCD_KEY: "),
+    ("", "-----BEGIN CERTIFICATE-----\nx", "KEY", "cannot use ETCD_CERT: its PEM text is cut off"),
+    ("", "-----BEGIN CERTIFICATE-----\nxx\n-----END CERTIFICATE-----", "KEY", "and ETCD_KEY: its PEM text is no cert"),
+    ("", "-----BEGIN CERTIFICATE-----\nä\n-----END CERTIFICATE-----", "KEY", "cannot use ETCD_CERT: its PEM text is d"),
+    ("", "KEY", "KEY", "cannot use ETCD_CERT: it holds no CERTIFICATE, but PRIVATE KEY"),
+    ("", "CERT", "CERT", "cannot use ETCD_KEY: it holds no PRIVATE KEY, but CERTIFICATE"),
+    ("KEY", "", "", "cannot use ETCD_CA: it holds no CERTIFICATE, but PRIVATE KEY"),
+    ("/tmp", "", "", "cannot read ETCD_CA from /tmp: it is a directory"),
+    ("\udcff\x00", "", "", "cannot use ETCD_CA: neither PEM text"),
 ])
 def test_wrong_certificates_here_are_told(authority: Authority, ca: str, cert: str, key: str, message: str) -> None:
     one, two = authority.issue(), authority.issue()
@@ -308,6 +425,32 @@ def test_a_changed_certificate_file_is_read_again(secure: EtcdServer, authority:
     file.write_text(authority.pem)
     assert client.get("/a") == "1"
     client.close()
+
+
+def test_new_certificate_files_are_used_once_they_fit_together(authority: Authority, tmp_path: Path,
+                                                              capfd: pytest.CaptureFixture[str]) -> None:
+    """A rotation writes two files; between them, the old pair stays in use, and one line says why."""
+    old, new = authority.issue("IP:127.0.0.1"), authority.issue("IP:127.0.0.1")
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    cert.write_text(old.cert)
+    key.write_text(old.key)
+    server = tls_server("3.5", tmp_path / "etcd", authority, authority.issue("IP:127.0.0.1"), "--client-cert-auth=true",
+                        "--trusted-ca-file", authority.path, client=old)
+    try:
+        client = Etcd.from_settings({}, {"ETCD_ENDPOINTS": server.url, "ETCD_CA": authority.path,
+                                         "ETCD_CERT": str(cert), "ETCD_KEY": str(key)})
+        for file, text in ((cert, old.cert), (cert, new.cert), (key, ""), (key, "-----BEGIN"), (key, new.key)):
+            file.write_text(text)
+            client.close()  # the next one has to show its certificate
+            before = client.tls._context
+            assert client.get("/a") is None and client.get("/a") is None
+        assert client.tls._context is not before
+        client.close()
+    finally:
+        server.kill()
+    told = capfd.readouterr().err
+    assert told.count("key values mismatch: the key is not that of the certificate; the last ones are used") == 1
+    assert told.count("cannot read ETCD_KEY again") == 1 and "is cut off" in told
 
 
 def test_tls_ends_in_time_when_the_other_side_is_silent() -> None:
@@ -670,9 +813,9 @@ def test_the_way_is_walked_to_the_keys(secure: EtcdServer, authority: Authority,
         "environment", "resolv.conf", "SRV", "connect", "TLS", "etcd", "authentication", "read")]
     told = {step: text for step, _, text in found}
     assert "SRV _etcd-client-ssl._tcp.example.org" in told["environment"]
-    assert f"https://etcd.example.org:{secure.port} (priority 0)" in told["SRV"]
+    assert f"https://etcd.example.org:{secure.port} (priority 0, by SRV _etcd-client-ssl._tcp.example" in told["SRV"]
     assert "certificate for etcd.example.org, valid until" in told["TLS"]
-    assert "1 keys at revision" in told["read"]
+    assert "1 keys at or below /a at revision" in told["read"]
 
 
 def test_the_walk_ends_where_the_way_does(secure: EtcdServer, authority: Authority, guarded: EtcdServer) -> None:

@@ -86,6 +86,15 @@ def test_the_rooms_stand_in_their_order() -> None:
     assert {"GROUND", "ETCD", "RENDER", "COMMAND LINE"} <= set(found)
 
 
+def test_no_name_is_bound_twice() -> None:
+    """A second definition further down would silently change what a room above it does."""
+    bound: dict[str, int] = {}
+    twice = [f"{node.lineno}: {name} is bound in line {bound[name]} too" for node in TREE.body
+             if not isinstance(node, (ast.If, ast.For)) for name in targets(node)
+             if bound.setdefault(name, node.lineno) != node.lineno]
+    assert twice == []
+
+
 def test_only_the_standard_library_is_imported() -> None:
     import etcdinit
     imported = {a.name for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names}
