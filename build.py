@@ -7,10 +7,14 @@ that it gets by itself and says so.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import ctypes
 import importlib
 import json
 import os
+import resource
+import select
 import shutil
 import socket
 import statistics
@@ -452,6 +456,225 @@ def bench_render() -> None:
     table(("keys", "runtime", "imports", "etcd", "index", "templates", "files"), parts)
 
 
+WATCH_CONF = """[template]
+src = "hosts.tmpl"
+dest = "%s/out/hosts"
+keys = ["/bench"]
+"""
+WATCH_TEMPLATES = {  # what is rendered: one service of many, or all
+    "one service": '{{range gets "/bench/s0000/*"}}{{base .Key}} {{.Value}}\n{{end}}',
+    "all keys": '{{range gets "/bench/*/*"}}{{.Key}} {{.Value}}\n{{end}}',
+}
+WATCH_CHANGES = 200
+IDLE_SECONDS = 30
+
+
+class Replacements:
+    """Tells when a file in a directory was replaced: an inotify descriptor, see inotify(7)."""
+
+    def __init__(self, directory: Path) -> None:
+        libc = ctypes.CDLL(None)
+        self.fd = libc.inotify_init1(os.O_CLOEXEC)
+        libc.inotify_add_watch(self.fd, os.fsencode(directory), 0x80)  # IN_MOVED_TO
+
+    def wait(self, seconds: float) -> float:
+        """Wait for one; the moment (time.perf_counter())."""
+        if not select.select([self.fd], [], [], seconds)[0]:
+            fail(f"no file was replaced within {seconds:g} s")
+        moment = time.perf_counter()
+        os.read(self.fd, 4096)
+        return moment
+
+
+def cpu_ms(pid: int) -> float:
+    """The time that a process has spent on a CPU, in all its threads."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e6
+
+
+def memory_mb(pid: int) -> tuple[float, float]:
+    """Resident memory of a process, and what of it counts as its own when shared pages are split (PSS)."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(fields["Rss"].split()[0]) / 1024, int(fields["Pss"].split()[0]) / 1024
+
+
+def etcd_requests(etcd: EtcdServer) -> int:
+    """How many requests etcd has been asked so far, watches included."""
+    with urllib.request.urlopen(f"{etcd.url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return int(sum(float(line.split()[-1]) for line in lines if line.startswith("grpc_server_started_total")))
+
+
+class Putter:
+    """Puts one key over a kept connection."""
+
+    def __init__(self, etcd: EtcdServer) -> None:
+        self.host = etcd.url.removeprefix("http://")
+        address, _, port = self.host.partition(":")
+        self.link = socket.create_connection((address, int(port)))
+        self.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, key: str, value: str) -> float:
+        """Send it; the moment just before."""
+        body = json.dumps({"key": b64(key), "value": b64(value)}).encode()
+        head = f"POST /v3/kv/put HTTP/1.1\r\nHost: {self.host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        moment = time.perf_counter()
+        self.link.sendall(head + body)
+        return moment
+
+    def answered(self) -> None:
+        """Take the answer, which must be a success and comes in one piece."""
+        if not self.link.recv(65536).startswith(b"HTTP/1.1 200"):
+            fail("etcd does not take a put")
+
+
+def follow_once(argv: Sequence[str], scratch: Path, etcd: EtcdServer) -> dict[str, float]:
+    """Start a program that follows etcd, let keys change, and look at what that costs."""
+    out = scratch / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    replaced, putter = Replacements(out), Putter(etcd)
+    began = time.perf_counter()
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        found = {"start": (replaced.wait(60) - began) * 1000}
+        time.sleep(1)
+        found["rss"], found["pss"] = memory_mb(process.pid)
+        spent, asked, times = cpu_ms(process.pid), etcd_requests(etcd), []
+        for number in range(WATCH_CHANGES):
+            sent = putter.send("/bench/s0000/k3", f"10.0.0.{number}:8080")
+            times.append((replaced.wait(20) - sent) * 1000)
+            putter.answered()
+            time.sleep(0.01)
+        found["p50"], found["p90"] = statistics.median(times), statistics.quantiles(times, n=10)[-1]
+        found["cpu"] = (cpu_ms(process.pid) - spent) / WATCH_CHANGES
+        found["requests"] = (etcd_requests(etcd) - asked - WATCH_CHANGES) / WATCH_CHANGES
+        return found
+    finally:
+        process.terminate()
+        process.wait(20)
+        os.close(replaced.fd)
+        putter.link.close()
+
+
+def followers(confdir: str, url: str) -> dict[str, list[str]]:
+    """Command lines that follow an etcd: ours in the forms that are there, and confd if it is on PATH."""
+    flags = ["render", "--confdir", confdir, "--node", url, "--log-level", "error"]
+    commands = {"etcdinit.py, compiled": [sys.executable, "-I", "-S", "-c", COMPILED, str(ROOT), *flags]}
+    if (ROOT / "dist" / "etcdinit").exists():
+        commands["dist/etcdinit"] = [str(ROOT / "dist" / "etcdinit"), *flags]
+    confd = shutil.which("confd")
+    if confd:
+        commands["confd"] = [confd, "-watch", "-backend", "etcdv3", "-node", url.removeprefix("http://"),
+                             "-confdir", confdir, "-log-level", "error"]
+    return commands
+
+
+def bench_watch() -> None:
+    """a changed key until its file is replaced, from the put's send; 200 changes, one resource over all keys"""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="etcdinit-bench-") as name, EtcdServer(Path(name)) as etcd:
+        scratch = Path(name)
+        for directory in ("conf.d", "templates", "out"):
+            (scratch / directory).mkdir()
+        (scratch / "conf.d" / "hosts.toml").write_text(WATCH_CONF % scratch)
+        commands = followers(name, etcd.url)
+        for what, template in WATCH_TEMPLATES.items():
+            (scratch / "templates" / "hosts.tmpl").write_text(template)
+            base: dict[str, float] = {}
+            for size in (10, 1_000, 10_000) if what == "one service" else (10_000,):
+                etcd.clear()
+                etcd.put({f"/bench/s{i // 10:04d}/k{i % 10}": f"10.1.{i // 250}.{i % 250}:8080" for i in range(size)})
+                for title, argv in commands.items():
+                    found = follow_once(argv, scratch, etcd)
+                    ratio = f"{found['p50'] / base.setdefault(title, found['p50']):.2f}"
+                    rows.append((title, what, f"{size:,}", f"{found['p50']:.2f}", f"{found['p90']:.2f}",
+                                 ratio if what == "one service" else "", f"{found['cpu']:.2f}",
+                                 f"{found['requests']:.2f}", f"{found['start']:.0f}", f"{found['rss']:.1f}",
+                                 f"{found['pss']:.1f}"))
+        argv = commands["etcdinit.py, compiled"]
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        time.sleep(5)
+        asked, spent = etcd_requests(etcd), cpu_ms(process.pid)
+        time.sleep(IDLE_SECONDS)
+        idle = etcd_requests(etcd) - asked, cpu_ms(process.pid) - spent
+        process.terminate()
+        process.wait(20)
+    table(("", "renders", "keys", "p50 ms", "p90", "ratio", "CPU ms", "requests", "start ms", "RSS MB", "PSS"), rows)
+    say(f"idle for {IDLE_SECONDS} s: {idle[0]} requests, {idle[1]:.1f} ms CPU")
+
+
+async def fleet(etcd: EtcdServer, size: int) -> tuple[float, float, float, float]:
+    """A number of watchers at once, as their etcd sees them.
+
+    Returns CPU ms of etcd for a change, the time until the last watcher has it (median, ms), MB of etcd, CPU ms of a
+    probe.
+    """
+    pid, host = etcd.process.pid, etcd.url.removeprefix("http://")
+    address, _, port = host.partition(":")
+    request = etcdinit.http_request("POST", "/v3/watch", host, etcdinit.v3_headers(""),
+                                    etcdinit.watch_request([(b"/bench", b"/bench0", 0)]))
+    body = json.dumps({"key": b64("/bench"), "count_only": True}).encode()
+    probe = etcdinit.http_request("POST", "/v3/kv/range", host, etcdinit.v3_headers(""), body)
+    links, got, full = [], 0, asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader) -> None:
+        nonlocal got
+        while b'"events"' in await reader.readuntil(b"}\n\r\n"):
+            got += 1
+            if got == size:
+                full.set()
+
+    async def opened() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(address, int(port))
+        links.append(writer)
+        return reader, writer
+
+    tasks = []
+    for _ in range(size):
+        reader, writer = await opened()
+        writer.write(request)
+        await reader.readuntil(b"}\n\r\n")  # created
+        tasks.append(asyncio.ensure_future(listen(reader)))
+    probes = [await opened() for _ in range(size)]
+    spent, times, putter = cpu_ms(pid), [], Putter(etcd)
+    for number in range(50):
+        got = 0
+        full.clear()
+        sent = putter.send("/bench/a", str(number))
+        if size:
+            await full.wait()
+        putter.answered()
+        times.append((time.perf_counter() - sent) * 1000)
+        await asyncio.sleep(0.02)
+    change = (cpu_ms(pid) - spent) / 50
+    spent = cpu_ms(pid)
+    for reader, writer in probes:
+        writer.write(probe)
+        await reader.readuntil(b"}")
+    probed = (cpu_ms(pid) - spent) / max(1, size)
+    memory = memory_mb(pid)[0]
+    for task in tasks:
+        task.cancel()
+    for link in links:
+        link.close()
+    return change, statistics.median(times), memory, probed
+
+
+def bench_fleet() -> None:
+    """what watchers cost the etcd that they follow: 50 changes, all watchers in one process beside it"""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
+    rows = []
+    for size in (0, 1, 10, 100, 1_000):
+        with tempfile.TemporaryDirectory(prefix="etcdinit-bench-") as name, EtcdServer(Path(name)) as etcd:
+            etcd.put({"/bench/a": "0"})
+            change, last, memory, probe = asyncio.run(fleet(etcd, size))
+            rows.append((f"{size:,}", f"{2 * size:,}", f"{change:.2f}", f"{last:.1f}", f"{memory:.0f}",
+                         f"{size * probe / 100:.2f}"))
+    table(("watchers", "connections", "etcd CPU ms a change", "ms to the last", "etcd MB", "% CPU at rest"), rows)
+
+
 MEASURE = """
 import os, sys, time
 began = time.perf_counter()
@@ -483,6 +706,8 @@ BENCHES: dict[str, Callable[[], None]] = {
     "template": bench_template,
     "store": bench_store,
     "render": bench_render,
+    "watch": bench_watch,
+    "fleet": bench_fleet,
 }
 
 
@@ -515,7 +740,7 @@ def show_help(arguments: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "test": (test, "[PYTEST ARGUMENT ...]", "run ruff, mypy and all tests, after getting what they need"),
     "demo": (demo, "", "etcd on this machine, keys into it, configuration out of it"),
-    "bench": (bench, "[NAME ...]", "measure: template, store, render"),
+    "bench": (bench, "[NAME ...]", "measure: template, store, render, watch, fleet"),
     "readme": (readme, "", "bring the reference in README.md up to date"),
     "help": (show_help, "", "this list"),
 }

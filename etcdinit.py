@@ -2029,11 +2029,12 @@ class Etcd:
 
     endpoints is the list in the order of preference; the one that answered last is asked first. A request has
     answer_timeout for all endpoints together. Raises EtcdError, which tells what was asked and who answered what.
+    floors: of the last read by v2, the index at which each of the topmost keys was read; {} for v3.
     """
 
-    __slots__ = ("api", "endpoints", "connect_timeout", "answer_timeout", "username", "password", "tls", "server_name",
-                 "questions", "_connection", "_current", "_base", "_token", "_deadline", "_srv_until", "_srv_asked",
-                 "_srv_failed")
+    __slots__ = ("api", "endpoints", "floors", "connect_timeout", "answer_timeout", "username", "password", "tls",
+                 "server_name", "questions", "_connection", "_current", "_base", "_token", "_deadline", "_srv_until",
+                 "_srv_asked", "_srv_failed")
 
     def __init__(self, endpoints: Iterable[str] = (), *, api: str = "auto", connect_timeout: float = CONNECT_TIMEOUT,
                  answer_timeout: float = ANSWER_TIMEOUT, scheme: str = "", username: Secret | None = None,
@@ -2070,6 +2071,7 @@ class Etcd:
             raise UsageError(f"the password is not sent over plain http to {plain[0]}:"
                              " use https, or say ETCD_SCHEME=http")
         self.api = 0 if api == "auto" else int(api)  # 0 until the server was asked
+        self.floors: dict[str, int] = {}
         self.connect_timeout, self.answer_timeout = connect_timeout, answer_timeout
         self.username, self.password, self.tls, self.server_name = username, password, tls or Tls(), server_name
         self.questions = tuple(questions)
@@ -2229,6 +2231,7 @@ class Etcd:
 
     def _read_v2(self, tops: list[str]) -> tuple[int, list[tuple[str, str]]]:
         index, pairs = 0, list[tuple[str, str]]()
+        self.floors = {}
         for key in tops:
             request = f"read {key}"
             try:
@@ -2242,6 +2245,7 @@ class Etcd:
                     if node and node.get("dir"):
                         raise
             index = index or found
+            self.floors[key] = found
             try:
                 pairs += v2_pairs(node or {"dir": True})
             except (KeyError, TypeError, ValueError, AttributeError):
@@ -2852,6 +2856,11 @@ class Watch:
         """True when the server has confirmed every watch and what it sends is taken."""
         return self._open
 
+    @property
+    def heard(self) -> float:
+        """When (now()) the member that is watched last gave a sign of life."""
+        return self._heard
+
     def descriptors(self) -> list[int]:
         """What to poll for reading."""
         return [stream.connection.fileno() for stream in (*self._streams, *([self._probe] if self._probe else []))]
@@ -2980,22 +2989,23 @@ class Watch:
 
         The reads that find it out renew the token too, if that was what the refusal meant.
         """
-        spans = []
+        spans: list[_Span] = []
         for span in self._spans:
-            pieces, denied = [(span.start, span.end, span.key)], 0
+            pieces, found = [(span.start, span.end, span.key)], list[_Span]()
             for start, end, key in pieces:
                 body = {"key": base64_text(start), **({"range_end": base64_text(end)} if end else {}), "limit": 1}
                 try:
                     self._etcd._v3("/kv/range", {**body, "keys_only": True}, f"watch {key}")
-                    spans.append(_Span(start, end, key, span.next))
-                except EtcdDenied:
-                    denied += 1
-                    if len(pieces) == denied:
-                        raise
+                    found.append(_Span(start, end, key, span.next))
+                except EtcdDenied as error:
+                    refusal = error
                     if len(pieces) == 1:
                         for each in span.key.split(", "):
                             below = key_bytes(each).rstrip(b"/") + b"/"
                             pieces += [(key_bytes(each), b"", each), (below, range_end(below), each)]
+            if not found:
+                raise refusal
+            spans += found
         return spans
 
     def _older(self, what: str, found: int, known: int) -> EtcdCompacted:
@@ -3356,20 +3366,22 @@ class Mirror:
     spelled in two ways (`/a` and `/a/` are one key here): then events cannot be trusted, only whole reads.
     """
 
-    __slots__ = ("tree", "doubtful", "_floor", "_suspects")
+    __slots__ = ("tree", "doubtful", "_floor", "_floors", "_suspects")
 
     def __init__(self) -> None:
         self.tree = KeyTree()
         self.doubtful = False
         self._floor = 0  # the revision of the last whole read: no event up to it has anything new
+        self._floors: Mapping[str, int] = {}  # the same for what is at and below some keys, if each was read by itself
         self._suspects: set[str] = set()  # keys that a whole read found changed, and no event has told so yet
 
-    def replace(self, revision: int, pairs: Iterable[tuple[str, str]]) -> dict[str, bool]:
-        """Take over a whole read."""
+    def replace(self, revision: int, pairs: Iterable[tuple[str, str]],
+                floors: Mapping[str, int] | None = None) -> dict[str, bool]:
+        """Take over a whole read; floors: as Etcd.floors."""
         fresh = KeyTree(pairs := list(pairs), revision)
         old, new = self.tree.values_by_key, fresh.values_by_key
         self.doubtful = any(key not in new for key, _ in pairs)
-        self._floor, self.tree.revision, self._suspects = revision, revision, set()
+        self._floor, self._floors, self.tree.revision, self._suspects = revision, floors or {}, revision, set()
         if not old:
             self.tree = fresh
             return dict.fromkeys(new, True)
@@ -3382,14 +3394,16 @@ class Mirror:
                 self.tree.delete(key)
         return changed
 
-    def compare(self, revision: int, pairs: Iterable[tuple[str, str]]) -> dict[str, bool]:
+    def compare(self, revision: int, pairs: Iterable[tuple[str, str]],
+                floors: Mapping[str, int] | None = None) -> dict[str, bool]:
         """Take over a whole read that should bring nothing new but what is on its way; see unexplained()."""
-        changed = self.replace(revision, pairs)
-        self._suspects = set(changed)
+        suspects = self._suspects
+        changed = self.replace(revision, pairs, floors)
+        self._suspects = suspects | set(changed)
         return changed
 
     def unexplained(self) -> list[str]:
-        """The keys that the last compare() changed and that no event has told of since: the watch has missed them."""
+        """The keys that compare() changed and that no event has told of since: the watch has missed them."""
         found, self._suspects = bytewise(self._suspects), set()
         return found
 
@@ -3408,14 +3422,22 @@ class Mirror:
             tree.revision = max(tree.revision, revision)
             if kind == "put":
                 old = tree.get(clean)
-                if old != value:
+                if old != value and not self._outdated(revision, clean):
                     tree.put(clean, value)
                     changed[clean] = changed.get(clean, False) or old is None
                 continue
             for gone in [pair[0] for pair in tree.below(clean)] if kind == "prune" else [clean]:
-                if tree.delete(gone):
+                if not self._outdated(revision, gone) and tree.delete(gone):
                     changed[gone] = True
         return changed
+
+    def _outdated(self, revision: int, key: str) -> bool:
+        """True if what was read of the key is newer than this event."""
+        while self._floors and key:
+            if key in self._floors:
+                return revision <= self._floors[key]
+            key = key.rpartition("/")[0]
+        return revision <= self._floors.get("/", 0)
 
 
 # ---- patterns -----------------------------------------------------------------------------------------
@@ -7831,6 +7853,7 @@ class KeyFile:
     """Keys from a JSON or TOML file instead of etcd; read anew each time."""
 
     __slots__ = ("path",)
+    floors: Mapping[str, int] = {}
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -7856,7 +7879,7 @@ class KeyFileWatch:
     """What Watch is to etcd, for a file of keys: a look at it from time to time."""
 
     __slots__ = ("keys", "stale", "deadline", "_path", "_stamp")
-    failure, open = None, True
+    failure, open, heard = None, True, float("inf")
 
     def __init__(self, path: str, keys: Iterable[str]) -> None:
         self._path, self.keys = path, top_keys(keys)
@@ -8772,7 +8795,7 @@ OUTAGE_SILENCE = 3.0  # seconds that etcd may be away before a log line tells it
 OUTAGE_REMINDER = 60.0  # seconds between two log lines about one outage
 FILES_INTERVAL = 2.0  # seconds between two looks at conf.d and templates: one stat(2) a file, no inotify needed
 SETTLE = 0.002  # seconds for the other parts of one revision to arrive, when several ranges are watched
-MISSED_PATIENCE = 5.0  # seconds that the watch has to tell of what a periodic whole read found changed
+MISSED_PATIENCE = 5.0  # seconds that a living watch has to tell of what a periodic whole read found changed
 MOST_CHECKS = 4  # check commands that run at a time
 
 
@@ -8825,7 +8848,7 @@ class Renderer:
         self._sound = True  # conf.d could be read whole
         self._stamps: list[tuple[str, Any]] = []  # of conf.d's files
         self._files_at = self._pass_at = self._read_at = 0.0
-        self._missed_at = float("inf")
+        self._missed_at, self._compared_at = float("inf"), 0.0
         self._reads_failed = 0
         self._away_since = self._told_at = 0.0  # since when etcd is away; when that is to be told
 
@@ -8979,13 +9002,18 @@ class Renderer:
             if self.watch.stale:
                 log.info(f"reading all keys again: {self.watch.stale}")
                 self._read_at = 0.0
-        if now() >= self._missed_at:
+        if now() >= self._missed_at and not self._watch_lives_since(self._compared_at + 1.0):
+            self._missed_at = now() + 1.0  # a silent member may tell it yet, or is left for another that will
+        elif now() >= self._missed_at:
             self._missed_at = float("inf")
             missed = self.mirror.unexplained()
             if missed:
                 log.error(f"a bug: the watch has missed changes of {len(missed)} keys, as {', '.join(missed[:5])};"
                           " they are rendered now")
         self._mind_outage()
+
+    def _watch_lives_since(self, moment: float) -> bool:
+        return bool(self.watch and not self.watch.stale and self.watch.open and self.watch.heard > moment)
 
     def _read_whole(self) -> None:
         try:
@@ -8999,7 +9027,7 @@ class Renderer:
             self._away(error)
             return
         self._reads_failed, self._read_at = 0, 0.0
-        changed = self.mirror.replace(revision, pairs)
+        changed = self.mirror.replace(revision, pairs, self.source.floors)
         if self.watch is None:
             self.watch = self.source.watch(keys, revision)
             self._next_pass()
@@ -9018,8 +9046,11 @@ class Renderer:
             log.warning(f"the periodic pass is put off: {error}")
             self._pass_at = now() + RETRY_LIMIT
             return
-        self._tell(self.mirror.compare(revision, pairs), 0.0)
-        self._missed_at = now() + MISSED_PATIENCE
+        changed = self.mirror.compare(revision, pairs, self.source.floors)
+        self._tell(changed, 0.0)
+        if changed:
+            self._compared_at = now()
+            self._missed_at = self._compared_at + MISSED_PATIENCE
         for page in self.pages:
             page.touch(0.0)
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import eventually, free_port, need
 from support.etcd_server import EtcdServer, find_etcd
+from support.follow import Follow, holds
 from support.image import Image
 from support.proxy import Proxy
 
@@ -103,40 +104,6 @@ def test_debounce_is_a_quiet_time_and_a_longest_one() -> None:
 
 # ---- the program on a real etcd -----------------------------------------------------------------------
 
-class Follow:
-    """`etcdinit render` in its own process, on an image."""
-
-    def __init__(self, image: Image, url: str, *flags: str, api: str = "3", env: dict[str, str] | None = None,
-                 **options: Any) -> None:
-        self.log_path = image.home / "log"
-        environ = {"PATH": os.environ["PATH"], "ETCD_API": api, **(env or {})}
-        with self.log_path.open("ab") as log:
-            argv = [*image.program, "render", "--confdir", str(image.home), *(["--node", url] if url else []), *flags]
-            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ,
-                                            **options)
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def says(self, text: str, seconds: float = 20) -> None:
-        eventually(lambda: text in self.log, seconds, f"{text} in\n{self.log[-3000:]}")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(20) == 0, self.log[-3000:]
-
-    def descriptors(self) -> list[str]:
-        return os.listdir(f"/proc/{self.process.pid}/fd")
-
-    def children(self) -> list[str]:
-        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-
-    def cpu_ticks(self) -> int:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-
 @pytest.fixture
 def image(program: list[str], tmp_path: Path) -> Image:
     return Image(program, tmp_path)
@@ -153,13 +120,7 @@ def follow(image: Image) -> Iterator[Any]:
 
     yield start
     for each in made:
-        each.process.kill()
-        each.process.wait(20)
-
-
-def holds(dest: Path, text: str, seconds: float = 20) -> None:
-    eventually(lambda: dest.exists() and dest.read_text() == text, seconds,
-               f"{dest} is {text!r}, not {dest.read_text() if dest.exists() else None!r}")
+        each.kill()
 
 
 def test_a_change_is_in_the_file_and_reloaded(image: Image, follow: Any, etcd: EtcdServer) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import select
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +143,17 @@ def test_events_that_a_whole_read_already_holds_do_not_turn_time_back() -> None:
     assert mirror.tree["/a"] == "new"
 
 
+def test_keys_that_were_read_one_after_another_do_not_turn_back_either() -> None:
+    mirror = Mirror()
+    mirror.replace(10, [("/a", "12"), ("/d/x", "15"), ("/d/y", "15")], {"/a": 12, "/d": 15, "/e": 16})
+    assert mirror.apply([(11, "put", "/a", "11"), (13, "put", "/d/x", "13"), (14, "prune", "/d", ""),
+                         (16, "put", "/e", "gone again")]) == {}
+    assert mirror.apply([(13, "put", "/a", "13"), (17, "put", "/e", "17"), (16, "prune", "/d/y", "")]) == {
+        "/a": False, "/e": True, "/d/y": True}
+    assert mirror.apply([(14, "prune", "/", "")]) == {"/a": True}
+    assert mirror.tree.items() == [("/d/x", "15"), ("/e", "17")]
+
+
 def test_a_comparison_knows_what_is_on_its_way_from_what_was_missed() -> None:
     mirror = Mirror()
     mirror.replace(1, [("/a", "1"), ("/b", "1"), ("/d/x", "1")])
@@ -188,6 +201,135 @@ def test_a_mirror_is_what_a_read_would_give(steps: list[tuple[str, str, str]], r
             assert mirror.tree.children(path) == KeyTree(model).children(path)
 
 
+# ---- what a stream may bring, byte for byte -----------------------------------------------------------
+
+class Script:
+    """A server that answers each watch request with the next of some scripted bodies; then it is silent.
+
+    A body is the pieces of a chunked answer, each sent as one chunk; the last word is "FIN", "END" or "HOLD": close in
+    the middle, end the answer in order, keep the connection open. asked: the start revisions of each request.
+    """
+
+    def __init__(self, *bodies: list[Any]) -> None:
+        self.bodies, self.asked = list(bodies), list[list[int]]()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.held: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        for each in (self.listener, *self.held):
+            each.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self.listener.accept()
+                self._answer(peer)
+            except OSError:
+                return
+
+    def _answer(self, peer: socket.socket) -> None:
+        stream = peer.makefile("rb")
+        length = 0
+        while (line := stream.readline().strip()):
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split(b":")[1])
+        body = stream.read(length).decode()
+        self.asked.append([int(json.loads(each)["create_request"]["start_revision"]) for each in body.splitlines()])
+        *pieces, end = self.bodies.pop(0) if self.bodies else ["HOLD"]
+        peer.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for piece in pieces:
+            data = piece if isinstance(piece, bytes) else (json.dumps({"result": piece}) + "\n").encode()
+            peer.sendall(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        if end == "END":
+            peer.sendall(b"0\r\n\r\n")
+        if end == "FIN":
+            stream.close()
+            peer.close()
+        else:
+            self.held.append(peer)
+
+
+def at(revision: int) -> dict[str, str]:
+    return {**HEADER, "revision": str(revision)}
+
+
+def event(key: str, value: str, revision: int) -> dict[str, Any]:
+    return {"kv": {"key": b64(key), "value": b64(value), "mod_revision": str(revision)}}
+
+
+CREATED = {"header": at(9), "created": True}
+
+
+@pytest.fixture
+def scripted() -> Any:
+    """Makes a script and a watch of /a from revision 9 on it; runs the watch until it has all wanted events."""
+    made: list[Any] = []
+
+    def run(wanted: list[tuple[int, str]], *bodies: list[Any], **options: Any) -> Script:
+        script = Script(*bodies)
+        etcd = Etcd([script.url], api="3", **options)
+        etcd._base = "/v3"
+        watch = Watch(etcd, ["/a"], 9)
+        made.extend((script, watch, etcd))
+        events, deadline = list[Any](), time.monotonic() + 40
+        while [(each[0], each[3]) for each in events] != wanted or not watch.open:
+            assert time.monotonic() < deadline and len(events) <= len(wanted), (events, watch.failure, script.asked)
+            poll = select.poll()
+            for fd in watch.descriptors():
+                poll.register(fd, select.POLLIN)
+            poll.poll(50)
+            events += watch.step()
+        return script
+
+    yield run
+    for each in reversed(made):
+        each.close()
+
+
+def test_a_line_that_is_cut_is_asked_for_again(scripted: Any) -> None:
+    half = json.dumps({"result": {"header": at(11), "events": [event("/a", "2", 11)]}}).encode()[:-20]
+    script = scripted([(10, "1"), (11, "2")],
+                      [CREATED, {"header": at(10), "events": [event("/a", "1", 10)]}, half, "FIN"],
+                      [CREATED | {"header": at(11)}, {"header": at(11), "events": [event("/a", "2", 11)]}, "HOLD"])
+    assert script.asked == [[10], [11]]
+
+
+def test_a_message_in_fragments_counts_when_it_is_whole(scripted: Any) -> None:
+    first = {"header": at(10), "fragment": True, "events": [event("/a/1", "1", 10)]}
+    last = {"header": at(10), "events": [event("/a/2", "2", 10)]}
+    script = scripted([(10, "1"), (10, "2")], [CREATED, first, "FIN"], [CREATED, first, last, "HOLD"])
+    assert script.asked == [[10], [10]]
+
+
+def test_a_line_may_come_in_any_pieces_and_without_its_newline(scripted: Any) -> None:
+    line = (json.dumps({"result": CREATED}) + "\n" + json.dumps(
+        {"result": {"header": at(10), "events": [event("/a", "ü", 10)]}}) + "\n").encode()
+    scripted([(10, "ü")], [*(line[index:index + 1] for index in range(len(line))), "HOLD"])
+    script = scripted([(10, "ü")], [line[:-1], "END"], [CREATED, "HOLD"])  # as etcd 3.4 ends a stream
+    assert script.asked == [[10], [11]]
+
+
+@pytest.mark.parametrize("body", [
+    [CREATED, {"header": at(9), "canceled": True}, "HOLD"],  # the server is done with it, and keeps the connection
+    [CREATED, {"header": at(9), "canceled": True, "cancel_reason": "mvcc: store is closed"}, "HOLD"],
+    [CREATED, b'{"error":{"grpc_code":14,"http_code":503,"message":"etcdserver: no leader"}}', "END"],
+    [CREATED, "END"], ["END"], ["FIN"], [CREATED, b"<html>\n", "HOLD"], [CREATED, CREATED, "HOLD"],
+    ["HOLD"],  # no byte ever, as from a member without a leader
+])
+def test_a_watch_that_ends_in_whatever_way_goes_on_where_it_was(scripted: Any, body: list[Any]) -> None:
+    script = scripted([(10, "1")], body, [CREATED, {"header": at(10), "events": [event("/a", "1", 10)]}, "HOLD"],
+                      answer_timeout=1.0)
+    assert script.asked == [[10], [10]]
+
+
+def test_a_progress_notice_moves_the_next_start(scripted: Any) -> None:
+    script = scripted([(31, "1")], [CREATED, {"header": at(30)}, "FIN"],
+                      [CREATED | {"header": at(31)}, {"header": at(31), "events": [event("/a", "1", 31)]}, "HOLD"])
+    assert script.asked == [[10], [31]]
+
+
 # ---- watches of real servers --------------------------------------------------------------------------
 
 class Follower:
@@ -205,7 +347,7 @@ class Follower:
     def read(self) -> None:
         revision, pairs = self.etcd.read(self.keys)
         self.reads += 1
-        self.mirror.replace(revision, pairs)
+        self.mirror.replace(revision, pairs, self.etcd.floors)
         if self.watch:
             self.watch.restart(revision)
         else:

