@@ -128,6 +128,7 @@ SERVERS = (  # Debian package, a program of it, what the tests do with it
     ("openssl", "openssl", "certificates for TLS tests"),
     ("procps", "ps", "what commands leave behind"),
     ("patch", "patch", "applies what --diff prints"),
+    ("faketime", "faketime", "clocks that jump"),
 )
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts a daemon
 SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))

@@ -2815,10 +2815,11 @@ class Watch:
 
     Whoever owns it polls descriptors() for reading until the deadline and then calls step(). It reconnects by itself,
     with growing pauses, and never gives up: `failure` is why it is down now (None: it is not), `since` when that
-    began. `stale` says why only a new whole read helps; restart() goes on from there.
+    began. `stale` says why only a new whole read helps; restart() goes on from there. `behind`: v2 gives one event an
+    answer, and the last one told that the store was further already.
     """
 
-    __slots__ = ("keys", "failure", "since", "stale", "_etcd", "_wanted", "_spans", "_streams", "_attempts",
+    __slots__ = ("keys", "failure", "since", "stale", "behind", "_etcd", "_wanted", "_spans", "_streams", "_attempts",
                  "_retry_at", "_heard", "_probe", "_fresh", "_identity", "_narrow", "_open", "_endpoint")
 
     def __init__(self, etcd: Etcd, keys: Iterable[str], revision: int) -> None:
@@ -2828,7 +2829,7 @@ class Watch:
         self._streams: list[_Stream] = []
         self._probe: _Stream | None = None
         self._identity: tuple[str, int] | None = None  # of the cluster: its id, the highest term seen
-        self._narrow = self._open = False
+        self._narrow = self._open = self.behind = False
         self._endpoint = etcd._current or etcd.endpoints[0]  # the member that is watched
         self.failure: Error | None = None
         self.since = self._heard = now()
@@ -3084,6 +3085,7 @@ class Watch:
             index = event[0] if event else int(json.loads(body)["node"]["modifiedIndex"])
             if event and index >= span.next:
                 events.append(event)
+            self.behind = digits.isdecimal() and int(digits) > index
             span.next = max(span.next, index + 1)
         elif now() - stream.began < 1:
             raise ValueError("the server ends waits at once")
@@ -7879,7 +7881,7 @@ class KeyFileWatch:
     """What Watch is to etcd, for a file of keys: a look at it from time to time."""
 
     __slots__ = ("keys", "stale", "deadline", "_path", "_stamp")
-    failure, open, heard = None, True, float("inf")
+    failure, open, heard, behind = None, True, float("inf"), False
 
     def __init__(self, path: str, keys: Iterable[str]) -> None:
         self._path, self.keys = path, top_keys(keys)
@@ -8795,6 +8797,7 @@ OUTAGE_SILENCE = 3.0  # seconds that etcd may be away before a log line tells it
 OUTAGE_REMINDER = 60.0  # seconds between two log lines about one outage
 FILES_INTERVAL = 2.0  # seconds between two looks at conf.d and templates: one stat(2) a file, no inotify needed
 SETTLE = 0.002  # seconds for the other parts of one revision to arrive, when several ranges are watched
+CATCH_UP = 0.05  # seconds in which v2's waits, one event each, may catch up with the store before a render
 MISSED_PATIENCE = 5.0  # seconds that a living watch has to tell of what a periodic whole read found changed
 MOST_CHECKS = 4  # check commands that run at a time
 
@@ -8998,7 +9001,7 @@ class Renderer:
                 self.watch.stale = "keys are spelled in two ways"
             elif changed:
                 log.debug(f"revision {self.mirror.tree.revision}: {len(changed)} keys changed")
-                self._tell(changed, SETTLE if len(self.watch.keys) > 1 else 0.0)
+                self._tell(changed, CATCH_UP if self.watch.behind else SETTLE if len(self.watch.keys) > 1 else 0.0)
             if self.watch.stale:
                 log.info(f"reading all keys again: {self.watch.stale}")
                 self._read_at = 0.0
