@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ctypes
+import hashlib
 import importlib
 import json
 import os
@@ -28,12 +29,13 @@ import venv
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import etcdinit
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"  # scratch and logs; can be deleted at any time
+DIST = ROOT / "dist"
 VENV = ROOT / ".venv"
 
 
@@ -99,10 +101,641 @@ def python_env(*names: str) -> Path:
     return python
 
 
+POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts a daemon
+SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+
+
+def install_packages(missing: Sequence[tuple[str, str, str]], otherwise: str) -> None:
+    """Install Debian packages, given as (name, a program of it, purpose), as root by apt-get; else list them."""
+    if not missing:
+        return
+    by_apt = os.geteuid() == 0 and shutil.which("apt-get")
+    say("Debian packages to install:" if by_apt else otherwise)
+    for package, _, purpose in missing:
+        say(f"  {package:14} {purpose}")
+    if not by_apt:
+        return
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    no_daemons = not POLICY.exists()
+    if no_daemons:
+        POLICY.write_text("#!/bin/sh\nexit 101\n")  # 101: action not allowed
+        POLICY.chmod(0o755)
+    try:
+        step("apt-get update", ["apt-get", "update"], env=quiet)
+        step("apt-get install", ["apt-get", "install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300",
+                                 *(row[0] for row in missing)], env=quiet)
+    finally:
+        if no_daemons:
+            POLICY.unlink()
+
+
 # ======================================================================================================
 # SOURCES AND RECIPE
-# The static executable: pinned sources, and the steps from them to dist/etcdinit.
+# The static executable: pinned sources, and the steps from them to dist/etcdinit. To read: SOURCES, PATCHES, STEPS,
+# then LAUNCHER (the C program) and FREEZE (how the Python code gets into it).
 # ======================================================================================================
+
+# ---- what it is made of -------------------------------------------------------------------------------
+
+class Source(NamedTuple):
+    """A pinned source: a source package of Debian, whose .orig tarball is the one that upstream released."""
+
+    version: str  # Debian's
+    upstream: str  # where upstream has the tarball, for machines without apt; Debian's patches are missing then
+    tarball: str  # its SHA-256
+    patches: str  # SHA-256 of Debian's .debian.tar.xz
+
+
+SOURCES = {  # Debian's name: source. A newer version is one row to change.
+    "musl": Source("1.2.5-3.1~deb13u1", "https://musl.libc.org/releases/musl-1.2.5.tar.gz",
+                   "a9a118bbe84d8764da0ea0d28b3ab3fae8477fc7e4085d90102b8596fc7c75e4",
+                   "46fdfb271edc2f035d8d4063ff2e299734409693e781e69e4b77e0a9a495072e"),
+    "openssl": Source("3.5.7-1~deb13u2",
+                      "https://github.com/openssl/openssl/releases/download/openssl-3.5.7/openssl-3.5.7.tar.gz",
+                      "a8c0d28a529ca480f9f36cf5792e2cd21984552a3c8e4aa11a24aa31aeac98e8",
+                      "593a47654ead460a3b609503733f80bef552ff0802799d3b47784faacc50809f"),
+    "python3.13": Source("3.13.5-2+deb13u5", "https://www.python.org/ftp/python/3.13.5/Python-3.13.5.tar.xz",
+                         "93e583f243454e6e9e4588ca2c2662206ad961659863277afcdb96801647d640",
+                         "a51f456e654ce2c9b40cc1db8005e5041cdb0b2c3aa96ab0871c49fe95280366"),
+}
+DEBIAN = """\
+deb-src [trusted=yes] http://deb.debian.org/debian trixie main
+deb-src [trusted=yes] http://deb.debian.org/debian-security trixie-security main
+"""  # trusted: what comes is held against the hashes above, and the machine may be older than trixie's keys
+BUILD_TOOLS = (  # Debian package, a program or file of it, what the build does with it
+    ("gcc", "gcc", "compiles"),
+    ("binutils", "ld", "links"),
+    ("linux-libc-dev", "/usr/include/linux/version.h", "headers of the kernel"),
+    ("make", "make", "runs the makefiles of musl, OpenSSL and CPython"),
+    ("perl", "prove", "runs OpenSSL's Configure"),
+    ("dpkg-dev", "dpkg-source", "unpacks sources and applies Debian's patches"),
+)
+PATCHES = (  # source, file, what stands there, what stands in its place
+    # CPython keeps a second copy of its initial state (280 KB) to start again after its end. Here it starts once.
+    ("python3.13", "Python/pystate.c", 'static const _PyRuntimeState initial = _PyRuntimeState_INIT(_PyRuntime, "");',
+     "static const _PyThreadStateImpl initial_thread = _PyThreadStateImpl_INIT;"),
+    ("python3.13", "Python/pystate.c", "memcpy(runtime, &initial, sizeof(*runtime));",
+     'return _PyStatus_ERR("this Python starts once in a process");'),
+    ("python3.13", "Python/pystate.c", "memcpy(interp, &initial._main_interpreter, sizeof(*interp));",
+     'status = _PyStatus_ERR("this Python has one interpreter"); goto error;'),
+    ("python3.13", "Python/pystate.c", "&initial._main_interpreter._initial_thread,", "&initial_thread,"),
+)
+
+# ---- the steps ----------------------------------------------------------------------------------------
+
+TARGETS = {  # target: OpenSSL's name for it
+    "x86_64": "linux-x86_64",
+    "aarch64": "linux-aarch64",
+}
+HOT = """ceval call object typeobject dictobject unicodeobject listobject tupleobject setobject longobject bytesobject
+funcobject methodobject descrobject frame frameobject genobject codeobject classobject abstract iterobject rangeobject
+sliceobject cellobject boolobject moduleobject obmalloc gc gc_gil marshal import getargs modsupport pystate errors
+exceptions intrinsics specialize dtoa compile symtable flowgraph assemble codegen ast Python-ast pyarena hashtable
+_abc _functoolsmodule _operator _collectionsmodule itertoolsmodule sre _json bufferedio fileio textio iobase
+unicode_formatter accu pyhash enumobject weakrefobject sysmodule bltinmodule"""  # C files that time is spent in: -O2
+
+COMPILER = r"""#!/bin/sh
+# The compiler of this build: what configure scripts ask it, and flags that hold for every file.
+case " $* " in
+*" --print-multiarch "*|*" -print-multiarch "*) echo @TARGET@-linux-musl; exit ;;
+*" -Wa,-v "*) echo "GNU assembler version 2.17"; exit ;;  # too old for AVX, 900 KB of OpenSSL's assembler
+esac
+level=-Os
+for word; do
+    case $word in @HOT@) level=-O2 ;; esac
+done
+exec @CC@ -pipe -fno-pie -no-pie -static -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables \
+    -fno-unwind-tables -ffile-prefix-map=@BUILD@=. "$@" $level
+"""
+
+
+WITHOUT = """_interpreters _interpchannels _interpqueues _zoneinfo cmath _lsprof _asyncio _decimal _bz2 _lzma zlib
+_dbm _gdbm readline pyexpat _elementtree _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw
+_multibytecodec syslog _posixshmem _multiprocessing _ctypes _curses _curses_panel _sqlite3 _uuid _tkinter xxsubtype
+_hashlib _csv _pickle _statistics _queue""".split()  # C modules that neither etcdinit nor the tests of its others need
+SOURCE_DATE = "1767225600"  # what compilers are told that the time is
+
+
+class Step(NamedTuple):
+    """A step of the recipe: a shell script that runs in an empty directory and leaves its results there.
+
+    It sees the unpacked source as $SOURCE, the directories of earlier steps as $MUSL, $OPENSSL, ..., the compiler as
+    $CC, and $TARGET, $JOBS. It runs again when its script, the source, an earlier step or the compiler has changed.
+    """
+
+    source: str
+    needs: tuple[str, ...]
+    script: str
+
+
+STEPS = {
+    # oldmalloc: mallocng costs 4 ms of start in calls of mmap.
+    "musl": Step("musl", (), r"""
+CC=gcc "$SOURCE/configure" --prefix="$PWD" --syslibdir="$PWD/lib" --disable-shared --with-malloc=oldmalloc \
+    --enable-wrapper=gcc CFLAGS="-Os -pipe -ffile-prefix-map=$BUILD=."
+make -j "$JOBS" install
+for headers in linux asm-generic; do ln -s /usr/include/$headers include/; done
+ln -s "$(dirname "$(echo '#include <asm/errno.h>' | gcc -E - | sed -n 's/^# [0-9]* "\(.*asm\/errno.h\)".*/\1/p' \
+    | head -n 1)")" include/asm
+"""),
+    # What etcd and its clients negotiate: TLS 1.2 and 1.3, ECDSA, RSA, Ed25519, AES-GCM and ChaCha20. -static here
+    # would turn threads off; no-sock would take SSL_set_fd; CPython needs dh and comp.
+    "openssl": Step("openssl", ("musl",), r"""
+"$SOURCE/Configure" $OPENSSL_TARGET --prefix=/usr --openssldir=/etc/ssl --libdir=lib -Os \
+    no-shared no-pic no-dso no-module no-engine no-legacy no-apps no-tests no-docs no-filenames no-async \
+    no-autoload-config no-thread-pool no-ui-console no-uplink no-rdrand \
+    no-quic no-dgram no-http no-ocsp no-cmp no-cms no-ct no-ts no-rfc3779 no-srp no-srtp no-psk no-nextprotoneg \
+    no-ssl-trace no-tls1 no-tls1_1 no-multiblock \
+    no-aria no-bf no-blake2 no-camellia no-cast no-des no-dsa no-ec2m no-gost no-idea no-md4 no-mdc2 no-ml-dsa no-ocb \
+    no-rc2 no-rc4 no-rmd160 no-scrypt no-seed no-siphash no-siv no-slh-dsa no-sm2 no-sm3 no-sm4 no-whirlpool
+make -j "$JOBS" build_libs
+mkdir lib
+cp -a libssl.a libcrypto.a lib/
+cp -n "$SOURCE"/include/openssl/*.h include/openssl/
+"""),
+    "python": Step("python3.13", ("musl", "openssl"), r"""
+for module in $WITHOUT; do export py_cv_module_$module=n/a; done
+PKG_CONFIG=/bin/false OPT="-DNDEBUG -fwrapv" MODULE_BUILDTYPE=static "$SOURCE/configure" $PYTHON_CROSS \
+    --disable-shared --disable-test-modules --without-doc-strings --without-mimalloc --with-ensurepip=no \
+    --with-openssl="$OPENSSL" --with-openssl-rpath=no
+make -j "$JOBS" libpython3.13.a $PYTHON_PROGRAM
+"""),
+}
+
+# ---- the C program ------------------------------------------------------------------------------------
+
+LAUNCHER = r"""
+/* etcdinit's main program: CPython, told that everything it needs is inside this file. It opens no file, reads no
+   variable of Python's, looks for no path. Beside it frozen.h (made by build.py): FROZEN (modules), BUILTIN (table of
+   C modules), BUILD (versions). It takes the place of CPython's config.c, frozen.c and getpath.c. */
+
+#include "Python.h"
+#include "pycore_initconfig.h"
+#include "pycore_import.h"
+#include <link.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include "frozen.h"
+
+extern const unsigned char frozen_code[];  /* the marshalled modules, one after the other: frozen.S */
+
+static const struct _frozen no_modules[] = {{0}};
+static const struct _frozen modules[] = {FROZEN {0}};
+static const struct _module_alias aliases[] = {{"_frozen_importlib", "importlib._bootstrap"},
+    {"_frozen_importlib_external", "importlib._bootstrap_external"}, {0}};
+const struct _frozen *_PyImport_FrozenBootstrap = modules;
+const struct _frozen *_PyImport_FrozenStdlib = no_modules;
+const struct _frozen *_PyImport_FrozenTest = no_modules;
+const struct _frozen *PyImport_FrozenModules = NULL;
+const struct _module_alias *_PyImport_FrozenAliases = aliases;
+
+PyStatus _PyConfig_InitPathConfig(PyConfig *config, int compute) { return PyStatus_Ok(); }  /* there are no paths */
+
+/* ---- the module _etcdinit: what Python has no word for ---- */
+
+static PyObject *
+subreaper(PyObject *self, PyObject *unused)  /* orphans below this process become its children */
+{
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+trim(PyObject *self, PyObject *unused)  /* at rest: drop pages of code and constants; they come back from the cache */
+{
+    const ElfW(Phdr) *part = (const ElfW(Phdr) *)getauxval(AT_PHDR);
+    for (unsigned long n = getauxval(AT_PHNUM); part && n; part++, n--) {
+        uintptr_t begin = part->p_vaddr & ~4095UL, end = (part->p_vaddr + part->p_memsz + 4095) & ~4095UL;
+        if (part->p_type == PT_LOAD && !(part->p_flags & PF_W))
+            madvise((void *)begin, end - begin, MADV_DONTNEED);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {{"subreaper", subreaper, METH_NOARGS}, {"trim", trim, METH_NOARGS}, {0}};
+
+static int
+fill(PyObject *module)
+{
+    return PyModule_AddStringConstant(module, "BUILD", BUILD);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_etcdinit", NULL, 0, functions, slots};
+
+static PyObject *
+PyInit__etcdinit(void)
+{
+    return PyModuleDef_Init(&definition);
+}
+
+BUILTIN_FUNCTIONS
+struct _inittab _PyImport_Inittab[] = {{"_etcdinit", PyInit__etcdinit}, BUILTIN {0}};
+
+/* ---- main ---- */
+
+static void
+leave(const char *what, const char *why)  /* before Python runs there is nobody else to say it */
+{
+    dprintf(2, "etcdinit: cannot start: %s%s%s\n", what, why ? ": " : "", why ? why : "");
+    _exit(111);
+}
+
+static void
+check(PyStatus status)
+{
+    if (PyStatus_Exception(status))
+        leave(status.err_msg ? status.err_msg : "Python says no reason", NULL);
+}
+
+static const char *
+own_path(void)  /* what was executed, absolute; without /proc. */
+{
+    static char path[8192];
+    const char *name = (const char *)getauxval(AT_EXECFN);
+    if (!name || name[0] == '/' || !getcwd(path, sizeof path / 2) || strlen(name) >= sizeof path / 2)
+        return name ? name : "";
+    return strcat(strcat(path, "/"), name);
+}
+
+int
+main(int argc, char **argv)
+{
+    PyPreConfig before;
+    PyConfig config;
+    PyPreConfig_InitIsolatedConfig(&before);
+    before.utf8_mode = 1;
+    check(Py_PreInitialize(&before));
+    PyConfig_InitIsolatedConfig(&config);
+    config.site_import = config.write_bytecode = config.parse_argv = config.pathconfig_warnings = 0;
+    config.install_signal_handlers = config.module_search_paths_set = 1;
+    check(PyConfig_SetBytesString(&config, &config.executable, own_path()));
+    check(PyConfig_SetBytesArgv(&config, argc, argv));
+    check(Py_InitializeFromConfig(&config));
+    PyConfig_Clear(&config);
+
+    PyObject *module = PyImport_ImportModule("etcdinit"), *code = NULL;
+    PyObject *words = PySys_GetObject("argv");
+    if (module && words && (words = PySequence_GetSlice(words, 1, PY_SSIZE_T_MAX)))
+        code = PyObject_CallMethod(module, "main", "O", words);
+    if (!code) {  /* main() lets nothing out: this is about memory */
+        PyErr_Print();
+        leave("out of memory", NULL);
+    }
+    _exit((int)PyLong_AsLong(code));  /* without taking Python apart, which nobody needs; output is never buffered */
+}
+"""
+
+IN_PARTS = r"""
+import _imp, builtins as _builtins, gc as _gc
+_part_of, _needs = %r, %r
+
+class _Missing(dict):
+    # The builtins that the core sees: a name that is none either is in a part that has not been loaded so far.
+    def __missing__(self, name):
+        part, collecting = _part_of[name], _gc.isenabled()
+        _gc.disable()  # all that is made here stays
+        _load(part)
+        if collecting:
+            _gc.enable()
+        return globals()[name]
+
+def _load(part):
+    if part in _needs:
+        for other in _needs.pop(part):
+            _load(other)
+        exec(_imp.get_frozen_object(part), globals())
+
+__builtins__ = _Missing(vars(_builtins))
+exec(_imp.get_frozen_object("etcdinit:core"), globals())
+__builtins__ = _builtins  # of the parts
+"""  # what the module etcdinit in the executable is, see there: where each name is, which parts a part needs
+FREEZE = r'''
+# Runs under the Python that was just built: finds, compiles and marshals modules. argv: etcdinit.py, where to write.
+import sys
+
+program, out = sys.argv[1:3]
+sys.path.insert(0, ".")
+import etcdinit
+
+for name in etcdinit.LAZY_MODULES.values():  # what they load is what the executable can ask for
+    if name not in NOT_FROZEN:
+        __import__(name)
+names = sorted(name for name, module in sys.modules.items() if module.__spec__ and module.__spec__.name == name)
+
+import ast, json, marshal, os, symtable
+
+builtin = [name for name in names if name in sys.builtin_module_names]
+library = os.path.dirname(os.__file__)
+paths = {"_frozen_importlib": "importlib/_bootstrap.py",
+         "_frozen_importlib_external": "importlib/_bootstrap_external.py"}
+table, code, listing = [], b"", {}
+
+def freeze(name, source, file, package=False):
+    """Add a module, or a part of one, given as text or tree."""
+    global code
+    compiled = compile(source, file, "exec", dont_inherit=True, optimize=0 if file == "etcdinit.py" else 2)
+    data = marshal.dumps(marshal.loads(marshal.dumps(compiled)))
+    table.append(f'{{"{name}", frozen_code + {len(code)}, {len(data)}, {int(package)}}},')
+    listing[name] = len(data)
+    code += data
+
+for name in names:
+    if name not in builtin and name not in ("etcdinit", "zipimport"):
+        path = os.path.join(library, paths.get(name, name.replace(".", "/") + ".py"))
+        package = not os.path.exists(path)
+        with open(path[:-3] + "/__init__.py" if package else path, "rb") as file:
+            freeze(name, file.read(), f"<frozen {name}>", package)
+
+# etcdinit.py goes in by parts. A part is what the same verbs need; what every command line needs is the core. The rest
+# is loaded when the core first asks for one of its names: PID 1 has no templates in memory, and --version nothing.
+with open(program, encoding="utf-8") as file:
+    tree = ast.parse(file.read())
+for node in ast.walk(tree):  # docstrings stay out, but for the first one: it is in the help
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        node.body[0] = ast.copy_location(ast.Pass(), node.body[0])
+body = tree.body
+
+def bound(node):
+    """The names that a top-level statement gives values."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.alias):
+        return {node.asname or node.name}
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Store) else set()
+    return set() if isinstance(node, (ast.Lambda, ast.comprehension)) else set().union(
+        *map(bound, ast.iter_child_nodes(node)))
+
+def mentioned(scope):
+    """The global names in a piece of code, at any depth."""
+    found = {s.get_name() for s in scope.get_symbols() if scope.get_type() == "module" or s.is_global()}
+    return found.union(*map(mentioned, scope.get_children()))
+
+verbs = {f"{name}_verb" for name in etcdinit.VERBS}
+home, uses = {}, []  # name: statements that bind it; statement: names in it
+for index, node in enumerate(body):
+    for name in bound(node):
+        home.setdefault(name, set()).add(index)
+for index, node in enumerate(body):
+    text = "from __future__ import annotations\n" + ast.unparse(node)
+    uses.append(mentioned(symtable.symtable(text, "", "exec")) & set(home))
+    if "VERBS" in bound(node):  # the table of verbs must not load them all
+        uses[-1] -= verbs
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and getattr(call.args[-1:] and call.args[-1], "id", "") in verbs:
+                call.args[-1] = ast.copy_location(ast.parse(f"lambda *a: {call.args[-1].id}(*a)").body[0].value,
+                                                  call.args[-1])
+needs = [set().union(*(home[name] for name in names)) for names in uses]
+for index, node in enumerate(body):
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not bound(node) or isinstance(node, ast.For):
+        for name in uses[index]:  # it changes what others bind: who needs that, needs it
+            for other in home[name]:
+                needs[other].add(index)
+
+def reached(*roots):
+    """The statements that these names need."""
+    found, waiting = set(), [index for name in roots for index in home[name]]
+    while waiting:
+        index = waiting.pop()
+        if index not in found:
+            found.add(index)
+            waiting += needs[index]
+    return found
+
+at_once = [index for index, node in enumerate(body) if isinstance(node, (ast.Import, ast.ImportFrom, ast.If))]
+core = {0, *at_once} | reached("main")
+by_verb = {verb: reached(verb) for verb in sorted(verbs)}
+part_of = [() if index in core else tuple(verb for verb in by_verb if index in by_verb[verb]) or ("none",)
+           for index in range(len(body))]
+parts = sorted(set(part_of) - {()}, key=lambda part: (-len(part), part))  # what more verbs need comes first
+label = {part: f"etcdinit:{number}" for number, part in enumerate(parts)}
+depends = {}
+for part in parts:
+    others = {part_of[other] for index, own in enumerate(part_of) if own == part for other in needs[index]} - {part, ()}
+    depends[label[part]] = [label[other] for other in parts if other in others]
+    nodes = [node for index, node in enumerate(body) if part_of[index] == part]
+    freeze(label[part], ast.Module(ast.parse("from __future__ import annotations").body + nodes, []), "etcdinit.py")
+freeze("etcdinit:core", ast.Module([node for index, node in enumerate(body) if not part_of[index]], []), "etcdinit.py")
+where = {name: label[part_of[index]] for name in sorted(home) for index in home[name] if part_of[index]}
+freeze("etcdinit", IN_PARTS % (where, depends), "etcdinit.py")
+odd = {"builtins": "NULL", "sys": "NULL", "marshal": "PyMarshal_Init", "_warnings": "_PyWarnings_Init"}
+inits = {name: odd.get(name, f"PyInit_{name}") for name in builtin if name != "_etcdinit"}
+with open(f"{out}/frozen.bin", "wb") as file:
+    file.write(code)
+with open(f"{out}/frozen.h", "w") as file:
+    file.write("#define FROZEN " + " ".join(table) + "\n")
+    file.write("#define BUILTIN_FUNCTIONS " + " ".join(f"extern PyObject *{f}(void);" for f in inits.values()
+                                                       if f != "NULL") + "\n")
+    file.write("#define BUILTIN " + " ".join(f'{{"{name}", {f}}},' for name, f in inits.items()) + "\n")
+with open(f"{out}/modules.json", "w") as file:
+    json.dump({"frozen": listing, "builtin": builtin}, file, indent=1)
+'''
+FROZEN_ASSEMBLER = '''\
+    .section .rodata
+    .global frozen_code
+    .balign 16
+frozen_code:
+    .incbin "frozen.bin"
+    .section .note.GNU-stack,"",%progbits
+'''
+NOT_FROZEN = ("ctypes",)  # what etcdinit.py uses it for, the module _etcdinit does
+
+# ---- getting and unpacking ----------------------------------------------------------------------------
+
+def digest(*parts: object) -> str:
+    """A short hash of everything that a step depends on."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def held(path: Path, sha256: str) -> Path:
+    """The file, if its SHA-256 is the pinned one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        fail(f"{path} is not the file that SOURCES in build.py pins: its SHA-256 is {found}, not {sha256}")
+    return path
+
+
+def fetch(name: str) -> list[Path]:
+    """Download a source: the .dsc file, tarball and patches of Debian, or upstream's tarball where there is no apt."""
+    source, place = SOURCES[name], BUILD / "source"
+    place.mkdir(parents=True, exist_ok=True)
+    if not shutil.which("apt-get"):
+        path = place / source.upstream.rpartition("/")[2]
+        if not path.exists():
+            step(f"download {path.name}", [sys.executable, "-c", "import sys, urllib.request; "
+                 "urllib.request.urlretrieve(*sys.argv[1:])", source.upstream, f"{path}.part"])
+            os.replace(f"{path}.part", path)
+        return [held(path, source.tarball)]
+    upstream = source.version.rpartition("-")[0]
+    if not (place / f"{name}_{source.version}.dsc").exists():
+        apt = BUILD / "apt"
+        (apt / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+        (apt / "sources.list").write_text(DEBIAN)
+        options = [f"-o{key}={value}" for key, value in {
+            "Dir::Etc::SourceList": apt / "sources.list", "Dir::Etc::SourceParts": "-",
+            "Dir::State::Lists": apt / "lists", "Dir::Cache": apt, "APT::Sandbox::User": "root",
+            "Acquire::Languages": "none"}.items()]
+        if not any((apt / "lists").glob("*Sources*")):
+            step("list Debian's sources", ["apt-get", *options, "update"])
+        known = subprocess.run(["apt-cache", *options, "showsrc", name], capture_output=True, text=True).stdout
+        versions = [line[9:] for line in known.splitlines() if line.startswith("Version: ")]
+        if source.version not in versions:
+            line = Path(__file__).read_text().partition(f'Source("{source.version}"')[0].count("\n") + 1
+            fail(f"Debian has no {name} {source.version} any more, but {' and '.join(versions) or 'none'}.\n"
+                 f"Change the row in line {line} of build.py; `apt-get source` shows the new hashes:\n{known}")
+        step(f"download {name} {source.version}",
+             ["apt-get", *options, "source", "--download-only", f"{name}={source.version}"], cwd=place)
+    tarball = next(place.glob(f"{name}_{upstream}.orig.tar.?z"))
+    return [place / f"{name}_{source.version}.dsc", held(tarball, source.tarball),
+            held(place / f"{name}_{source.version}.debian.tar.xz", source.patches)]
+
+
+def unpack(name: str) -> tuple[Path, str]:
+    """(directory, digest) of an unpacked source with Debian's patches and ours."""
+    patches = [row for row in PATCHES if row[0] == name]
+    by = "dpkg-source" if shutil.which("dpkg-source") and shutil.which("apt-get") else "tar"
+    path, stamp = BUILD / "source" / name, digest(SOURCES[name], patches, by)
+    if (path / ".unpacked").exists() and (path / ".unpacked").read_text() == stamp:
+        return path, stamp
+    first = fetch(name)[0]
+    shutil.rmtree(path, ignore_errors=True)
+    if by == "tar":
+        path.mkdir()
+        step(f"unpack {name}", ["tar", "-xf", first, "--strip-components=1", "-C", path])
+    else:
+        step(f"unpack {name}", ["dpkg-source", "--no-check", "-x", first, path])
+    for _, file, old, new in patches:
+        text = (path / file).read_text()
+        if text.count(old) != 1:
+            fail(f"{name}: a row of PATCHES in build.py does not fit {file} any more: {old}")
+        (path / file).write_text(text.replace(old, new))
+    (path / ".unpacked").write_text(stamp)
+    return path, stamp
+
+
+# ---- running the recipe -------------------------------------------------------------------------------
+
+def compiler(target: str) -> tuple[list[str], str]:
+    """(command of the C compiler, its version) for a target."""
+    if target == machine():
+        lines = [subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+                 for tool in ("gcc", "ld")]
+        return ["gcc", "-specs", str(BUILD / target / "musl" / "lib" / "musl-gcc.specs")], ", ".join(lines)
+    python = python_env("ziglang")
+    return [str(python), "-m", "ziglang", "cc", "-target", f"{target}-linux-musl"], pins()["ziglang"]
+
+
+def machine() -> str:
+    """The architecture that this machine runs."""
+    return os.uname().machine
+
+
+def make_step(name: str, target: str, keys: dict[str, str], environment: dict[str, str]) -> None:
+    """Run a step if anything that it depends on has changed; sets its variable in environment, its key in keys."""
+    step_, place = STEPS[name], BUILD / target / name
+    source, unpacked = unpack(step_.source)
+    keys[name] = digest(step_, unpacked, [keys[need] for need in step_.needs], keys["compiler"])
+    environment[name.upper()] = str(place)
+    done = place.with_suffix(".done")
+    if done.exists() and done.read_text() == keys[name]:
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    step(f"{target}: {name}", ["sh", "-eux", "-c", step_.script], cwd=place, env={**environment, "SOURCE": str(source)})
+    done.write_text(keys[name])
+
+
+def executable(target: str) -> Path:
+    """Make the static executable for a target, from nothing if need be; returns its path."""
+    command, version = compiler(target)
+    place = BUILD / target
+    place.mkdir(parents=True, exist_ok=True)
+    text = COMPILER.replace("@TARGET@", target).replace("@CC@", " ".join(command)).replace("@BUILD@", str(BUILD))
+    text = text.replace("@HOT@", "|".join(f"*/{name}.c" for name in HOT.split()))
+    (place / "cc").write_text(text)
+    (place / "cc").chmod(0o755)
+    environment = {"CC": str(place / "cc"), "TARGET": target, "JOBS": str(os.cpu_count() or 1), "BUILD": str(BUILD),
+                   "OPENSSL_TARGET": TARGETS[target], "WITHOUT": " ".join(WITHOUT), "LC_ALL": "C",
+                   "SOURCE_DATE_EPOCH": SOURCE_DATE, "PYTHON_SOURCE": str(BUILD / "source" / "python3.13"),
+                   "PYTHON_CROSS": "", "PYTHON_PROGRAM": "python"}
+    keys = {"compiler": digest(COMPILER, HOT, version, WITHOUT)}
+    if target != machine():
+        executable(machine())  # its Python compiles the modules
+        environment |= {"PYTHON_CROSS": f"--build={machine()}-linux-gnu --host={target}-linux-musl "
+                        f"--with-build-python={BUILD / machine() / 'python' / 'python'}", "PYTHON_PROGRAM": ""}
+    for name in STEPS:
+        if name != "musl" or target == machine():  # zig brings its own
+            make_step(name, target, keys, environment)
+    return link(target, environment, keys)
+
+
+def link(target: str, environment: Mapping[str, str], keys: Mapping[str, str]) -> Path:
+    """Freeze the modules and link everything; returns the executable in dist/."""
+    place, python = BUILD / target / "link", BUILD / machine() / "python" / "python"
+    program = (ROOT / "etcdinit.py").read_bytes()
+    key = digest(keys, LAUNCHER, IN_PARTS, FREEZE, NOT_FROZEN, hashlib.sha256(program).hexdigest(), versions())
+    name = "etcdinit" if target == "x86_64" else f"etcdinit-{target}"
+    done, result = place.with_suffix(".done"), DIST / name
+    if done.exists() and done.read_text() == key and result.exists():
+        return result
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    (place / "etcdinit.py").write_bytes(program)
+    (place / "freeze.py").write_text(f"NOT_FROZEN, IN_PARTS = {NOT_FROZEN!r}, {IN_PARTS!r}\n{FREEZE}")
+    step(f"{target}: freeze", [python, "-s", "-S", "-X", "no_debug_ranges", "freeze.py", "etcdinit.py", "."], cwd=place,
+         env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"})
+    with (place / "frozen.h").open("a") as file:
+        file.write(f"#define BUILD {json.dumps(chr(10).join(versions()))}\n")
+    (place / "frozen.S").write_text(FROZEN_ASSEMBLER)
+    (place / "launcher.c").write_text(LAUNCHER)
+    step(f"{target}: link", ["sh", "-eux", "-c", LINK], cwd=place, env=environment)
+    DIST.mkdir(exist_ok=True)
+    shutil.copy2(place / "etcdinit", result)
+    done.write_text(key)
+    return result
+
+
+LINK = r"""
+"$CC" -I"$PYTHON_SOURCE/Include" -I"$PYTHON_SOURCE/Include/internal" -I"$PYTHON" -DPy_BUILD_CORE -o etcdinit \
+    launcher.c frozen.S "$PYTHON/libpython3.13.a" "$PYTHON"/Modules/_hacl/libHacl_Hash_SHA2.a \
+    "$OPENSSL/lib/libssl.a" "$OPENSSL/lib/libcrypto.a" -lm \
+    -Wl,--gc-sections -Wl,--build-id=none -Wl,-z,norelro -Wl,-z,noseparate-code -s
+"""
+
+
+def versions() -> list[str]:
+    """What `etcdinit --version` tells of the executable, line by line."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                           capture_output=True, text=True)
+    commit = os.environ.get("ETCDINIT_COMMIT") or found.stdout.strip() or "unknown"
+    return [f"{label} {SOURCES[name].version}" for label, name in (
+        ("CPython", "python3.13"), ("OpenSSL", "openssl"), ("musl", "musl"))] + [f"commit {commit}"]
+
+
+def install_tools() -> None:
+    """Get what the build needs. As root on Debian by apt-get; elsewhere say what is missing."""
+    missing = [row for row in BUILD_TOOLS if not (Path(row[1]).exists() or shutil.which(row[1], path=SEARCH_PATH))]
+    install_packages(missing, "not installed, and needed to build:")
+
+
+def build(arguments: list[str]) -> int:
+    """dist/etcdinit, or with --target dist/etcdinit-TARGET."""
+    target = machine()
+    if arguments[:1] == ["--target"] and len(arguments) == 2:
+        target = arguments[1]
+    elif arguments:
+        fail(f"there is no {arguments[0]} (--target {' or '.join(TARGETS)})")
+    if target not in TARGETS:
+        fail(f"cannot build for {target}, only for {' and '.join(TARGETS)}")
+    install_tools()
+    began = time.monotonic()
+    path = executable(target)
+    say(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes, made in {time.monotonic() - began:.0f} s")
+    return 0
 
 
 # ======================================================================================================
@@ -130,33 +763,11 @@ SERVERS = (  # Debian package, a program of it, what the tests do with it
     ("patch", "patch", "applies what --diff prints"),
     ("faketime", "faketime", "clocks that jump"),
 )
-POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts a daemon
-SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
-
 
 def install_servers() -> None:
-    """Get the servers that tests run. As root on Debian by apt-get; elsewhere say which tests will be skipped."""
-    missing = [row for row in SERVERS if not shutil.which(row[1], path=SEARCH_PATH)]
-    if not missing:
-        return
-    by_apt = os.geteuid() == 0 and shutil.which("apt-get")
-    say("Debian packages to install:" if by_apt else "not installed, so tests that need them are skipped:")
-    for package, _, purpose in missing:
-        say(f"  {package:14} {purpose}")
-    if not by_apt:
-        return
-    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-    no_daemons = not POLICY.exists()
-    if no_daemons:
-        POLICY.write_text("#!/bin/sh\nexit 101\n")  # 101: action not allowed
-        POLICY.chmod(0o755)
-    try:
-        step("apt-get update", ["apt-get", "update"], env=quiet)
-        step("apt-get install", ["apt-get", "install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300",
-                                 *(row[0] for row in missing)], env=quiet)
-    finally:
-        if no_daemons:
-            POLICY.unlink()
+    """Get the servers that tests run, as far as they can be had."""
+    install_packages([row for row in SERVERS if not shutil.which(row[1], path=SEARCH_PATH)],
+                     "not installed, so tests that need them are skipped:")
 
 
 def test(arguments: list[str]) -> int:
@@ -739,6 +1350,7 @@ def show_help(arguments: list[str]) -> int:
 
 # name: (function of the rest of the command line that returns an exit code, its arguments, what it does)
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
+    "build": (build, "[--target aarch64]", "make the static executable dist/etcdinit (the default)"),
     "test": (test, "[PYTEST ARGUMENT ...]", "run ruff, mypy and all tests, after getting what they need"),
     "demo": (demo, "", "etcd on this machine, keys into it, configuration out of it"),
     "bench": (bench, "[NAME ...]", "measure: template, store, render, watch, fleet"),
@@ -749,7 +1361,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
-    name = "help" if not argv or argv[0] in ("-h", "--help") else argv[0]
+    if not argv or argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["build", *argv]
+    name = "help" if argv[0] in ("-h", "--help") else argv[0]
     if name not in COMMANDS:
         say(f'build.py: there is no command "{name}"; python3 build.py help lists them')
         return 2

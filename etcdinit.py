@@ -54,7 +54,6 @@ LAZY_MODULES = {  # name in this file: module
     "fcntl": "fcntl",
     "gc": "gc",
     "grp": "grp",
-    "hashlib": "hashlib",
     "heapq": "_heapq",  # heapq without its Python half
     "json": "json",
     "json_c": "_json",  # the quoting of strings alone: json itself loads re
@@ -64,6 +63,7 @@ LAZY_MODULES = {  # name in this file: module
     "re": "re",
     "resource": "resource",
     "select": "select",
+    "sha2": "_sha2" if sys.version_info >= (3, 12) else "_sha256",  # as md5
     "signal": "_signal",  # the signal module wraps this one in enums
     "socket": "_socket",  # the socket module wraps this one in enums and a selector
     "ssl": "_ssl",  # the ssl module brings socket, selectors and enum: 3 MB
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     import _ast as ast
     import _json as json_c
     import _md5 as md5  # type: ignore[import-not-found]
+    import _sha256 as sha2  # type: ignore[import-not-found]
     import _socket as socket
     import _ssl as ssl
     import binascii
@@ -84,7 +85,6 @@ if TYPE_CHECKING:
     import fcntl
     import gc
     import grp
-    import hashlib
     import heapq
     import json
     import marshal
@@ -98,6 +98,10 @@ if TYPE_CHECKING:
 else:
     for _alias, _module in LAZY_MODULES.items():
         globals()[_alias] = Lazy(_alias, _module)
+
+
+# of the static executable: subreaper(), trim(), BUILD (the versions of what it is made of); see LAUNCHER in build.py
+native: Any = __import__("_etcdinit") if "_etcdinit" in sys.builtin_module_names else None
 
 
 # ---- errors -------------------------------------------------------------------------------------------
@@ -4830,7 +4834,7 @@ def _base64_decode(text: str) -> str:
 
 
 def _sha256sum(text: str) -> str:
-    return hashlib.sha256(utf8(text)).hexdigest()
+    return str(sha2.sha256(utf8(text)).hexdigest())
 
 
 # ---- numbers ------------------------------------------------------------------------------------------
@@ -11392,7 +11396,8 @@ def open_descriptors() -> list[int]:
 def become_subreaper() -> str:
     """Have orphans of our services come to us as they come to PID 1; says what came of it."""
     try:
-        if not ctypes.CDLL(None).prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER
+        failed = native.subreaper() if native else ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        if not failed:
             return "reaping the orphans of services as a subreaper"
     except (OSError, ImportError, AttributeError):
         pass
@@ -12306,7 +12311,8 @@ def run_command_line(argv: Sequence[str]) -> int:
     """One command line; raises Error for whatever fails as a whole."""
     word = argv[0] if argv else ""
     if word in ("--version", "-version", "version"):
-        write_out(f"etcdinit {__version__}\n")
+        made_of = native.BUILD if native else f"Python {sys.version.split()[0]}, as a module"
+        write_out(f"etcdinit {__version__}\n{made_of}\n")
         return EXIT_OK
     if word in ("--help", "-h", "-help", "help"):
         asked = argv[1] if len(argv) > 1 else ""
