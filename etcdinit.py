@@ -9373,11 +9373,11 @@ class Output:
         self.partial, lines = data[cut:], data[:cut]
         if not lines:
             return b""
+        if not lines.endswith(b"\n") and (last or self.style != "text"):
+            lines += b"\n"
         self.kept += lines[-TAIL_BYTES:]
         if len(self.kept) > 2 * TAIL_BYTES:
             self.kept = self.kept[-TAIL_BYTES:]
-        if not lines.endswith(b"\n") and (last or self.style != "text"):
-            lines += b"\n"
         return OUTPUT_STYLES[self.style](self.name, lines)
 
     def tail(self) -> list[str]:
@@ -9573,7 +9573,8 @@ def replace_file(path: str, data: bytes) -> None:
     """Put a whole file in the place of another, so that no reader ever sees half of one. OSError."""
     fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        os.write(fd, data)
+        if os.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
     os.rename(f"{path}.new", path)
@@ -9824,8 +9825,43 @@ def spawn(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: 
     fds: number in the child -> descriptor here; 0, 1 and 2 must be among them. The child has these alone, no
     signal blocked or ignored, and its own session. asked: path (of the program, else argv[0]), terminal (a
     descriptor of the terminal that it shall own), lock (path, number in the child), user, group, limits ({name:
-    (soft, hard)}).
+    (soft, hard)}), new_pids (a PID namespace of its own: its parent must then be who reaps orphans).
     """
+    plain = not any(asked.get(what) for what in ("lock", "user", "group", "new_pids")) and asked.get("terminal") is None
+    return (_spawn_plain if plain and not {*asked.get("limits", ())} - {"nofile"} else _spawn_by_fork)(
+        argv, directory, environ, fds, asked)
+
+
+def _spawn_plain(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: Mapping[int, int],
+                 asked: Mapping[str, Any]) -> int:
+    # posix_spawn copies neither memory nor page tables: several times faster. It inherits directory and limits,
+    # so for the moment they are ours
+    above = max(fds) + 1
+    moved = {source: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, above) for source in {*fds.values()}
+             if source < above}  # so that no target overwrites the source of another
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    pair, ours = asked.get("limits", {}).get("nofile"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        os.chdir(directory)
+        if pair:
+            if pair[1] != ours[1]:
+                return _spawn_by_fork(argv, directory, environ, fds, asked)  # a hard limit cannot be had back
+            resource.setrlimit(resource.RLIMIT_NOFILE, pair)
+        everything = signal.valid_signals()
+        return os.posix_spawn(
+            asked.get("path", argv[0]), list(argv), environ, setsid=True, setsigmask=(),
+            setsigdef=everything - {SIGNALS["KILL"], SIGNALS["STOP"]},
+            file_actions=[(os.POSIX_SPAWN_DUP2, moved.get(source, source), number) for number, source in fds.items()])
+    finally:
+        if pair:
+            resource.setrlimit(resource.RLIMIT_NOFILE, ours)
+        os.fchdir(here)
+        for fd in (here, *moved.values()):
+            os.close(fd)
+
+
+def _spawn_by_fork(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: Mapping[int, int],
+                   asked: Mapping[str, Any]) -> int:
     report, told = os.pipe()
     everything = signal.valid_signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, everything)  # no handler of ours may run in the child
@@ -9849,6 +9885,10 @@ def spawn(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: 
         answer = os.read(report, 4096) if readable(report, EXEC_PATIENCE) else b""
     finally:
         os.close(report)
+    if asked.get("new_pids") and answer.startswith(b"pid "):  # of the first process there: its parent is gone
+        os.waitpid(pid, 0)
+        first, _, answer = answer.removeprefix(b"pid ").partition(b"\n")
+        pid = int(first)
     if answer:
         os.waitpid(pid, 0)
         number, _, why = answer.decode("utf-8", "replace").partition(" ")
@@ -9861,6 +9901,14 @@ _told: list[int] = []  # in a child: where the report pipe is now
 
 def _become(argv: Sequence[str], directory: str, environ: Mapping[str, str], fds: Mapping[int, int], told: int,
             asked: Mapping[str, Any]) -> None:
+    if asked.get("new_pids"):
+        unshare: Callable[[int], Any] = getattr(os, "unshare", None) or ctypes.CDLL(None).unshare
+        if unshare(0x20000000):  # CLONE_NEWPID: its first process will be our next child
+            raise OSError(errno.EPERM, "flag-newpidns is not allowed here (it needs CAP_SYS_ADMIN)")
+        pid = os.fork()
+        if pid:
+            os.write(told, f"pid {pid}\n".encode())
+            os._exit(0)
     above = max(fds) + 1
     lock = asked.get("lock")
     if lock:
@@ -10039,7 +10087,7 @@ NO_POLICY = check_policy({})
 def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
     """What the service.toml files at these paths say, or in words why they cannot be used, by the same names.
 
-    A child reads them: tomllib and what it loads would stay in the memory of PID 1.
+    A child reads them: tomllib and what it loads would stay in the memory of PID 1. OSError if it could not.
     """
     answer, told = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -10067,7 +10115,7 @@ def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
     try:
         policies: dict[str, dict[str, Any] | str] = marshal.loads(data)
     except (EOFError, ValueError, TypeError):
-        return dict.fromkeys(paths, "the process that reads it failed")
+        raise OSError(errno.ENOMEM, "the process that reads service.toml files failed") from None
     return policies
 
 
@@ -10083,6 +10131,9 @@ def _load_policy(path: str) -> dict[str, Any] | str:
 
 DESCRIPTORS_FREE = 24  # as many are kept for what comes and goes: starts, status files, events
 SUPERVISE_AGAIN = 10.0  # seconds until a service directory that could not be taken into supervision is tried again
+TELL_AGAIN = 1.0  # seconds until a status file that could not be written is tried again
+BUSY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # why a start can fail that works a little later
+BUSY_PAUSE = 5.0  # seconds until then
 
 
 def _linked_place(path: str) -> str:
@@ -10114,7 +10165,7 @@ class Service:
     __slots__ = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
                  "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
                  "pipe", "output", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since",
-                 "check_failures")
+                 "check_failures", "untold")
 
     # what another process image needs to go on with it; the rest is made anew
     SAVED = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
@@ -10142,6 +10193,7 @@ class Service:
         self.deaths: list[float] = []  # of late, for backoff and give_up
         self.up_since = 0.0
         self.check_failures = 0  # health checks that failed in a row
+        self.untold = False  # the status file is not up to date
 
     @property
     def flags(self) -> int:
@@ -10190,6 +10242,7 @@ class Supervisor:
         self.policies: dict[str, tuple[object, dict[str, Any]]] = {}  # name: stamp of the file it was read from, policy
         self.left = 0  # how many services were left so far
         self.oom_kills = oom_kills()
+        self.reaps_orphans = os.getpid() == 1
         self.children: dict[int, Callable[[int], object]] = {}  # pid: what to do with its waitpid status
         self.watched: dict[int, tuple[Callable[[Any], object], Any]] = {}  # descriptor: what to do when it is readable
         self.timers: list[tuple[float, int, Callable[[Any], object], Any]] = []  # a heap
@@ -10238,11 +10291,13 @@ class Supervisor:
             self.step(service, "timeout")
 
     def catch_signals(self) -> None:
-        """From now on signals wake the loop. Every signal gets a handler, so none is ignored here or in children."""
+        """From now on signals wake the loop. Every signal gets a handler: the kernel drops others to PID 1."""
         signal.set_wakeup_fd(self.wake_end, warn_on_full_buffer=False)
         fatal = {SIGNALS[name] for name in ("KILL", "STOP", "SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS")}
         for number in signal.valid_signals() - fatal:
             signal.signal(number, _no_action)
+        for name in ("TTIN", "TTOU"):  # CMD may own the terminal that our messages go to
+            signal.signal(SIGNALS[name], signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def read_signals(self, _: None) -> None:
@@ -10396,8 +10451,18 @@ class Supervisor:
         record = Status(service.stamp, service.ready_stamp, service.pid, service.pgid, service.wstat, service.flags)
         try:
             replace_file(f"{service.directory}/supervise/status", record.pack())
+            service.untold = False
         except OSError as error:
             self.trouble(f"cannot write the status of {service.name}", error)
+            if not service.untold:
+                service.untold = True
+                self.at(now() + TELL_AGAIN, self.tell_again, service)
+
+    def tell_again(self, service: Service) -> None:
+        """Write a status that could not be written before: nobody shall wait for what has come already."""
+        if service.untold and service.control >= 0:
+            service.untold = False
+            self.tell(service)
 
     def remark(self, service: Service, **notes: str) -> None:
         """Write what the status file has no place for into supervise/note, as lines NAME=TEXT."""
@@ -10476,8 +10541,20 @@ class Supervisor:
         for name in waits_for:
             if name not in self.services:
                 self.trouble(f"{service.name} waits for {name}", "there is no such service", "warning")
+            elif service.name in self.needed(name):
+                self.trouble(f"{service.name} waits for {name}", f"which waits for {service.name}: neither can start")
         if not waits_for:
             self.start(service)
+
+    def needed(self, name: str) -> set[str]:
+        """The services that must be ready before this one can start, at any distance."""
+        found: set[str] = set()
+        waiting = [name]
+        while waiting:
+            after = self.services[waiting.pop()].policy["after"]
+            waiting += [each for each in after if each not in found and each in self.services]
+            found.update(after)
+        return found
 
     def satisfied(self, name: str) -> bool:
         """Whether those who come after this service can start."""
@@ -10509,14 +10586,16 @@ class Supervisor:
             if number:
                 ready_pipe = os.pipe()
                 fds[number] = ready_pipe[1]
-            if os.path.exists(f"{service.directory}/flag-newpidns"):
-                raise Error("flag-newpidns is not supported; remove it, or use a container for this service")
+            new_pids = os.path.exists(f"{service.directory}/flag-newpidns")
+            if new_pids and not self.reaps_orphans:
+                raise Error("flag-newpidns is not allowed here: neither process 1 nor a subreaper")
             lock = read_number(service.directory, "lock-fd", 0, 2**20)
             service.pid = spawn(
                 ["./run", service.name], policy["cwd"] or service.directory, self.environ_of(service), fds,
                 lock=(f"{service.directory}/supervise/service-lock", lock) if lock else None,
                 path=f"{service.directory}/run" if policy["cwd"] else "./run",
-                user=policy["user"], group=policy["group"], limits={**self.child_limits, **policy["limits"]})
+                user=policy["user"], group=policy["group"], limits={**self.child_limits, **policy["limits"]},
+                new_pids=new_pids)
         except (OSError, Error) as error:
             if ready_pipe:
                 os.close(ready_pipe[0])
@@ -10524,6 +10603,8 @@ class Supervisor:
             self.trouble(f"cannot start {service.name}", f"{reason(error)}{hint}")
             self.remark(service, problem=f"cannot start: {reason(error)}{hint}")
             self.step(service, "failed")
+            if isinstance(error, OSError) and error.errno in BUSY:
+                self.arm(service, now() + BUSY_PAUSE)
             return
         finally:
             if ready_pipe:
@@ -10587,15 +10668,16 @@ class Supervisor:
         self.children[service.pid] = lambda wstat: self.died(service, wstat)
 
     def died(self, service: Service, wstat: int) -> None:
-        """The process of a service is dead: run or finish."""
+        """The process of a service is dead: run or finish. What it began to write ends here."""
+        if service.output:
+            self.read_output(service)
+            self.put_out(service.output.feed(b"", last=True))
         if service.state in (FINISH, LAST_FINISH):
             given_up = wstat == 125 << 8 or "given_up" in service.note
             self.step(service, "fatal" if given_up else "death")
             return
         if service.notification >= 0:
             self.read_notification(service)  # what it said before it died comes first
-        if service.output_fds:
-            self.read_output(service)
         service.wstat = wstat
         self.step(service, "death")
 
@@ -10662,7 +10744,7 @@ class Supervisor:
             self.write_output(service)
             self.trouble(f"{service.name} ended", how, "warning")
             if policy["essential"]:
-                self.end(f"essential service {service.name} ended: {how}", exit_code(wstat))
+                self.fail(f"essential service {service.name} ended: {how}", exit_code(wstat))
         if policy["backoff"] or policy["give_up"][0]:
             if now() - service.up_since >= HEALTHY:
                 service.deaths.clear()
@@ -10677,8 +10759,8 @@ class Supervisor:
                 pause = min(policy["backoff"], BACKOFF_FIRST * 2.0 ** min(len(service.deaths) - 1, 60))
                 service.next_start = now() + pause * (0.75 + os.urandom(1)[0] / 512)  # jitter: 0.75 to 1.25
 
-    def end(self, why: str, code: int) -> None:
-        """End the container; see Init."""
+    def fail(self, why: str, code: int) -> None:
+        """An essential service has ended; see Init."""
 
     def check_health(self, checked: tuple[Service, int]) -> None:
         """Run the health command of a service, if it still is the process that the check was meant for."""
@@ -10740,6 +10822,8 @@ class Supervisor:
 
     def put_out(self, data: bytes) -> None:
         """Write to the container's standard output; while its reader is too slow, read nothing from the services."""
+        if not data:
+            return
         if not self.outlet.write(data) and not self.outlet_watched:
             try:
                 self.epoll.register(self.outlet.fd, select.EPOLLOUT)
@@ -10781,12 +10865,18 @@ class Supervisor:
         if names is None:
             return
         new = [name for name in names if name not in self.services]
-        self.read_policies(names)
-        for name in names:
-            if name in self.services:
-                self.services[name].vanished = False
-                self.refresh(self.services[name])
-        added = [service for name in new for service in self.add(name)]
+        added: list[Service] = []
+        try:
+            self.read_policies(names)
+            for name in names:
+                if name in self.services:
+                    self.services[name].vanished = False
+                    self.refresh(self.services[name])
+            for name in new:
+                added += self.add(name)
+        except OSError as error:  # too many processes or descriptors, a full disk
+            self.trouble("cannot take all services into supervision", error)
+            self.at(now() + SUPERVISE_AGAIN, self.rescan, prune)
         ready = [service for service in added if self.supervise(service)]
         for service in ready:
             self.step(service, "timeout")
@@ -10798,6 +10888,10 @@ class Supervisor:
                             if name.removesuffix("/log") not in names]:
                 if not service.name.endswith("/log"):
                     self.retire(service)
+
+    def rescan(self, prune: bool) -> None:
+        """Scan later, if it still is the time for it."""
+        self.scan(prune)
 
     def defined(self) -> list[str] | None:
         """The names of the services that are defined, sorted; None if that cannot be told now."""
@@ -10823,18 +10917,19 @@ class Supervisor:
         same = os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory)
         service = Service(name, live, live if same else definition)
         service.policy = self.policies.get(name, (None, NO_POLICY))[1]
-        self.services[name] = service
         if not os.path.isdir(f"{definition}/log"):
+            self.services[name] = service
             return [service]
         logger = Service(f"{name}/log", f"{live}/log", f"{live}/log" if same else f"{definition}/log")
-        self.services[logger.name] = logger
+        logger.policy = self.policies.get(logger.name, (None, NO_POLICY))[1]
         service.pipe = logger.pipe = os.pipe()  # both ends stay open here, so it outlives both processes
+        self.services[name], self.services[logger.name] = service, logger
         return [logger, service]
 
     def read_policies(self, names: Sequence[str]) -> None:
-        """Read the service.toml files that have changed."""
+        """Read the service.toml files that have changed, those of loggers too. OSError if no process can do it."""
         changed: dict[str, object] = {}
-        for name in names:
+        for name in [each for both in names for each in (both, f"{both}/log")]:
             try:
                 found = os.stat(f"{self.services_directory}/{name}/service.toml")
                 stamp: object = (found.st_ino, found.st_size, found.st_mtime_ns)
@@ -10900,6 +10995,7 @@ RECOVERIES, RECOVERY_TIME = 5, 60.0  # so many exceptions within so many seconds
 # ETCDINIT_SIGNALS changes it: "HUP=forward,USR1=HUP". 37 is what container engines mean by SIGRTMIN+3.
 SIGNAL_ACTIONS = {**{SIGNALS[name]: "stop" for name in ("TERM", "INT", "QUIT", "USR1", "USR2", "PWR")},
                   SIGNALS["HUP"]: "rescan", SIGNALS["ALRM"]: "rescan", SIGNALS["WINCH"]: "forward", 37: "stop"}
+OWN_RESULT = ".s6-svscan/exitcode"  # below the live directories: the same for those who may not write there
 SVSCAN_BYTES = {"a": "scan", "h": "rescan", "n": "rescan", "N": "rescan", "t": "stop", "i": "stop", "q": "stop",
                 "b": "stop"}  # of .s6-svscan/control; z, "reap", is always done
 
@@ -10927,7 +11023,7 @@ if TYPE_CHECKING:
 class Init(Supervisor):
     """A container's life: hooks, services, the command, the shutdown. One pass of life() is one life.
 
-    phase: hooks, services, run or end; with the services it is what another process image needs to go on.
+    phase: hooks, services, run, end or finish; with the services it is what another process image needs to go on.
     """
 
     def __init__(self, services: str, run: str, style: str, command: Sequence[str], grace: float,
@@ -10936,8 +11032,8 @@ class Init(Supervisor):
         super().__init__(services, run, style)
         self.command, self.grace, self.actions = list(command), grace, actions
         self.directory = os.getcwd()
-        self.phase, self.hooks_done = "hooks", 0
-        self.command_pid = 0
+        self.phase, self.hooks_done = "hooks", 0  # hooks: how many of cont-init.d, later of cont-finish.d
+        self.command_pid = self.hook_pid = 0
         self.reason, self.code = "", 0  # why the container ends, "" while it does not, and its exit code
         self.end_begin = self.end_limit = 0.0
         self.hurried = 0
@@ -10955,9 +11051,9 @@ class Init(Supervisor):
             if os.path.isdir(definition) and not os.path.samefile(definition, f"{self.run_directory}/.s6-svscan"):
                 link_definition(definition, f"{self.run_directory}/.s6-svscan")
             self.scan_lock = _lock_whole(f"{self.run_directory}/.s6-svscan/lock")
+            self.clear()
             path = f"{self.run_directory}/.s6-svscan/control"
-            if not os.path.exists(path):
-                os.mkfifo(path, 0o600)
+            os.mkfifo(path, 0o600)
             self.scan_control = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise Error(f"cannot use {self.run_directory} for the state of services: {reason(error)} "
@@ -10965,7 +11061,23 @@ class Init(Supervisor):
         self.watch(self.scan_control, self.read_scan_control, None)
         self.write_result(0)
         if not self.is_first:
-            log.info(f"running as process {os.getpid()}, not 1: " + become_subreaper())
+            self.reaps_orphans = become_subreaper()
+            log.info(f"running as process {os.getpid()}, not 1: " + (
+                "reaping the orphans of services as a subreaper" if self.reaps_orphans else
+                "orphans of services go to somebody else, this process cannot be a subreaper"))
+
+    def clear(self) -> None:
+        """Remove what an earlier life left behind, as when a container is started again. OSError."""
+        for name in ("control", os.path.basename(OWN_RESULT)):
+            try:
+                os.unlink(f"{self.run_directory}/.s6-svscan/{name}")
+            except FileNotFoundError:
+                pass
+        if os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory):
+            return
+        for name in service_names(self.run_directory):
+            if "/" not in name and not is_supervised(f"{self.run_directory}/{name}"):
+                remove_tree(f"{self.run_directory}/{name}")
 
     def prepare_process(self) -> None:
         """What every image of this process needs: signals, descriptors, limits."""
@@ -10990,7 +11102,20 @@ class Init(Supervisor):
                 break
             except Exception as error:  # whatever it is: PID 1 must not end of it
                 self.recover(error)
+        self.drain()
         return self.leave_to("finish", self.reason, code)
+
+    def drain(self) -> None:
+        """Pass on what services wrote last, as fast as its reader takes it, but not after the end of the grace."""
+        for service in self.services.values():
+            if service.output and service.output_fds:
+                self.read_output(service)
+                self.outlet.write(service.output.feed(b"", last=True))
+        poll = select.poll()
+        poll.register(self.outlet.fd, select.POLLOUT)
+        deadline = max(self.end_limit, now() + 0.5)
+        while not self.outlet.write(b"") and deadline > now():
+            poll.poll((deadline - now()) * 1000 + 1)
 
     def live(self) -> int:
         """Run life() to its end, turning in between."""
@@ -11047,6 +11172,7 @@ class Init(Supervisor):
                     for service in self.services.values()]
         state = marshal.dumps({
             "services": services, "phase": self.phase, "hooks_done": self.hooks_done, "command_pid": self.command_pid,
+            "hook_pid": self.hook_pid, "reaps_orphans": self.reaps_orphans,
             "reason": self.reason, "code": self.code, "end_begin": self.end_begin, "end_limit": self.end_limit,
             "hurried": self.hurried, "recoveries": self.recoveries, "scan_lock": self.scan_lock,
             "scan_control": self.scan_control, "child_limits": self.child_limits, "oom_kills": self.oom_kills,
@@ -11156,6 +11282,11 @@ class Init(Supervisor):
         log.info(f"hurrying: {why}")
         self.end_limit = min(self.end_limit, now() + (1.0 if self.hurried == 1 else 0.1))
 
+    def fail(self, why: str, code: int) -> None:
+        """An essential service has ended, and with it the container; what ends while all ends is no reason to hurry."""
+        if not self.reason:
+            self.end(why, code)
+
     def write_result(self, code: int) -> None:
         """Note the exit code where finish hooks can see and change it; not everybody may."""
         try:
@@ -11166,11 +11297,14 @@ class Init(Supervisor):
 
     def result(self) -> int:
         """The exit code of the container."""
-        try:
-            text = (read_small(RESULT) or b"").strip()
-            return int(text) & 0xFF if text.isdigit() else self.code
-        except OSError:
-            return self.code
+        for path in (f"{self.run_directory}/{OWN_RESULT}", RESULT):
+            try:
+                text = (read_small(path) or b"").strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                return int(text) & 0xFF
+        return self.code
 
     # -- one life
 
@@ -11188,8 +11322,10 @@ class Init(Supervisor):
         if self.phase in ("services", "run"):
             yield lambda: self.reason, lambda: None
             self.phase = "end"
-        yield from self.stop_command()
-        yield from self.stop_services()
+        if self.phase == "end":
+            yield from self.stop_command()
+            yield from self.stop_services()
+            self.phase, self.hooks_done = "finish", 0
         yield from self.stop_hooks()
         yield from self.stop_rest()
         return self.result()
@@ -11211,10 +11347,13 @@ class Init(Supervisor):
              broken_off: Callable[[], Any]) -> Generator[Wait, None, int]:
         """Run one hook to its end, its deadline, or until it is broken off; returns its waitpid status."""
         ended: list[int] = []
+        pid = self.hook_pid  # it runs already if this is a fresh process image
         try:
-            pid = spawn([path], self.directory, self.environ, {0: self.null, 1: 1, 2: 2}, limits=self.child_limits)
+            pid = self.hook_pid = pid or spawn([path], self.directory, self.environ, {0: self.null, 1: 1, 2: 2},
+                                               limits=self.child_limits)
         except OSError as error:
             log.error(f"cannot run {path}: {reason(error)}")
+            self.hooks_done += 1
             return 127 << 8
         self.children[pid] = ended.append
         yield lambda: ended or broken_off(), deadline
@@ -11225,15 +11364,15 @@ class Init(Supervisor):
         if not ended:
             os.killpg(pid, SIGNALS["KILL"])
             yield lambda: ended, lambda: None
+        self.hook_pid, self.hooks_done = 0, self.hooks_done + 1
         return ended[0]
 
     def start_hooks(self) -> Iterator[Wait]:
         """The scripts of cont-init.d, in order; S6_BEHAVIOUR_IF_STAGE2_FAILS says what comes of a failure."""
         behaviour = self.environ.get("S6_BEHAVIOUR_IF_STAGE2_FAILS", "0")
         for path in hooks(HOOKS_START)[self.hooks_done:]:
-            if self.reason:
+            if self.reason and not self.hook_pid:
                 return
-            self.hooks_done += 1
             wstat = yield from self.hook(path, lambda: None, lambda: self.reason)
             log("info" if not wstat else "warning", f"{path} ended: {ending(wstat)}")
             if wstat and behaviour == "2" and not self.reason:
@@ -11315,7 +11454,7 @@ class Init(Supervisor):
             each = int(self.environ.get("S6_KILL_FINISH_MAXTIME", "5000")) / 1000
         except ValueError:
             each = 5.0
-        for path in hooks(HOOKS_STOP):
+        for path in hooks(HOOKS_STOP)[self.hooks_done:]:
             wstat = yield from self.hook(path, self.part(0.95, now() + each), lambda: False)
             if wstat:
                 log.warning(f"{path} ended: {ending(wstat)}")
@@ -11393,15 +11532,13 @@ def open_descriptors() -> list[int]:
     return found
 
 
-def become_subreaper() -> str:
-    """Have orphans of our services come to us as they come to PID 1; says what came of it."""
+def become_subreaper() -> bool:
+    """Have orphans of our services come to us as they come to PID 1; whether that can be had."""
     try:
         failed = native.subreaper() if native else ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        if not failed:
-            return "reaping the orphans of services as a subreaper"
+        return not failed
     except (OSError, ImportError, AttributeError):
-        pass
-    return "orphans of services go to somebody else, this process cannot be a subreaper"
+        return False
 
 
 def descendants(pid: int) -> set[int]:
@@ -11609,20 +11746,30 @@ def describe(name: str, directory: str, lines: bool = True) -> dict[str, Any]:
         "problem": note.get("problem") or ("gave up" if "given_up" in note else None)
         or (f"waits for {note['waits']}" if "waits" in note else None)
         or (f"unhealthy: {note['unhealthy']}" if "unhealthy" in note and status.up else None),
-        "next_start": _iso(int(float(note["next"]) * 1e9)) if state == "down" and status.flags & WANTUP
-        and note.get("next", "").replace(".", "").isdigit() else None,
+        "next_start": _iso(_note_ns(note.get("next", ""))) if state == "down" and status.flags & WANTUP else None,
     }
     if lines:
         known["output"] = last_lines(directory)
     return known
 
 
-def _iso(wall_ns: int) -> str:
+def _note_ns(seconds: str) -> int:
+    try:
+        return int(float(seconds) * 1e9)
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _iso(wall_ns: int) -> str | None:
+    if not 0 < wall_ns < 2**63:  # not a time that anybody meant
+        return None
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall_ns // 10**9)) + f".{wall_ns // 10**6 % 1000:03d}Z"
 
 
 def status_line(known: Mapping[str, Any]) -> str:
     """One service in one line for people: `nginx    up 12s, pid 31, ready`."""
+    if "pid" not in known:
+        return f"{known['name']:16} {known['problem']}"
     parts = [f"{known['state']} {known['seconds']:.0f}s"]
     if known["pid"]:
         parts.append(f"pid {known['pid']}")
@@ -12152,13 +12299,13 @@ def signal_verb(words: list[str], flags: dict[str, Any]) -> int:
                                               "c": SIGNALS["CONT"]}.items()}.get(number)
     for word in words[1:]:
         directory = service_path(word, setting("run", flags))
+        status = read_status(directory)
+        if not status.up:
+            raise Error(f"cannot signal {word}: it is not up")
         if byte:
             send_command(directory, byte)
             continue
-        status = read_status(directory)  # s6 has no command for it
-        if not status.up:
-            raise Error(f"cannot signal {word}: it is not up")
-        try:
+        try:  # s6 has no command for it
             os.kill(status.pid, number)
         except OSError as error:
             raise Error(f"cannot signal {word}: {reason(error)}") from None
@@ -12176,43 +12323,62 @@ def reload_verb(words: list[str], flags: dict[str, Any]) -> int:
 
 def status_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit status."""
-    run = setting("run", flags)
-    told = ""
+    run, follow = setting("run", flags), bool(flags.get("follow"))
+    told: object = None
     while True:
         names = words or service_names(run)
         if not names:
             raise Error(f"there is no service in {run}")
-        if flags.get("json"):
-            found = [describe(name, service_path(name, run)) for name in names]
-            text = json.dumps(found if not words or len(words) > 1 else found[0], indent=None if flags.get("follow")
-                              else 2) + "\n"
-        else:
-            found = [describe(name, service_path(name, run), lines=bool(words)) for name in names]
-            text = "".join(status_line(known) + "\n" + "".join(f"    {printable(line)}\n" for line in
-                           known.get("output", ())[-10:]) for known in found)
-        if not flags.get("follow"):
-            write_out(text)
-            return EXIT_OK
-        if text != told:
-            write_out(text)
-        told = text
-        _await_event([service_path(name, run) for name in names])
+        listeners = _listen([service_path(name, run) for name in names] if follow else [])  # first: no event is missed
+        try:
+            found = [_describe(name, service_path(name, run), bool(words), bool(words or flags.get("json")))
+                     for name in names]
+            facts = [{key: value for key, value in known.items() if key != "seconds"} for known in found]
+            if facts != told:
+                write_out(_status_text(found, bool(flags.get("json")), bool(words), follow))
+            told = facts
+            if not follow:
+                return EXIT_OK
+            poll = select.poll()
+            for listener in listeners:
+                poll.register(listener.fd, select.POLLIN)
+            if poll.poll(FOLLOW_AGAIN * 1000):
+                time.sleep(0.05)  # so that events that come together make one line
+        finally:
+            for listener in listeners:
+                listener.close()
 
 
-def _await_event(directories: Sequence[str]) -> None:
-    listeners = []
+def _describe(name: str, directory: str, named: bool, lines: bool) -> dict[str, Any]:
+    try:
+        return describe(name, directory, lines)
+    except Error as error:
+        if named:
+            raise
+        return {"name": name, "state": "unsupervised", "problem": str(error)}
+
+
+FOLLOW_AGAIN = 5.0  # seconds until status --follow looks for what sends no event: output, health, new services
+
+
+def _status_text(found: Sequence[Mapping[str, Any]], as_json: bool, named: bool, follow: bool) -> str:
+    if as_json:
+        what = found[0] if named and len(found) == 1 else found
+        return json.dumps(what, indent=None if follow else 2) + "\n"
+    return "".join(status_line(known) + "\n" + "".join(f"    {printable(line)}\n" for line in
+                   known.get("output", ())[-10:]) for known in found)
+
+
+def _listen(directories: Sequence[str]) -> list[Listener]:
+    listeners: list[Listener] = []
     try:
         for directory in directories:
             listeners.append(Listener(f"{directory}/event"))
-        poll = select.poll()
-        for listener in listeners:
-            poll.register(listener.fd, select.POLLIN)
-        poll.poll(5000)
     except OSError as error:
-        raise Error(f"cannot follow: {reason(error)}") from None
-    finally:
         for listener in listeners:
             listener.close()
+        raise Error(f"cannot follow {directory}: {reason(error)}") from None
+    return listeners
 
 
 def rescan_verb(words: list[str], flags: dict[str, Any]) -> int:
@@ -12227,9 +12393,12 @@ def shutdown_verb(words: list[str], flags: dict[str, Any]) -> int:
         if not words[0].isdigit() or int(words[0]) > 255:
             raise UsageError(f'"{words[0]}" is not an exit code (0 to 255)')
         try:
-            replace_file(RESULT, f"{words[0]}\n".encode())
+            try:
+                replace_file(RESULT, f"{words[0]}\n".encode())
+            except OSError:
+                replace_file(f"{setting('run', flags)}/{OWN_RESULT}", f"{words[0]}\n".encode())
         except OSError as error:
-            raise Error(f"cannot set the exit code in {RESULT}: {reason(error)}") from None
+            raise Error(f"cannot set the exit code: {reason(error)}") from None
     _svscan_command(setting("run", flags), "t")
     return EXIT_OK
 

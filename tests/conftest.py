@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import py_compile
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def program() -> list[str]:
     """The argv prefix that starts etcdinit: the built executable that ETCDINIT_PROGRAM names, else the module."""
     built = os.environ.get("ETCDINIT_PROGRAM")
-    return [str(Path(built).resolve())] if built else [sys.executable, "-I", "-S", str(ROOT / "etcdinit.py")]
+    return [str(Path(built).resolve())] if built else [sys.executable, "-I", "-S", str(compiled_module())]
+
+
+def compiled_module() -> Path:
+    """etcdinit.py compiled once: as a script it is compiled at every start, half a second for nothing."""
+    target = ROOT / "build" / "etcdinit.pyc"
+    with tempfile.NamedTemporaryFile(suffix=".pyc") as file:  # several runs of tests may do so at once
+        py_compile.compile(str(ROOT / "etcdinit.py"), cfile=file.name, doraise=True)
+        target.parent.mkdir(exist_ok=True)
+        fresh = target.with_name(f"etcdinit-{os.getpid()}.pyc")
+        shutil.copyfile(file.name, fresh)
+        fresh.rename(target)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support import eventually, need
-from support.container import Container
+from support.container import Container, patched_program
 from support.s6 import RELEASES, S6, s6_release
 
 import etcdinit
@@ -618,27 +618,9 @@ def test_an_unhealthy_service_is_restarted(container: Container) -> None:
 
 # ---- it goes on when its own code fails ---------------------------------------------------------------------
 
-FAULTY = """
-import os, sys
-sys.path.insert(0, {root!r})
-import etcdinit
-real = etcdinit.Init.rescan
-def faulty(self, prune):
-    if os.path.exists(os.environ["PLACE"] + "/fault"):
-        if not os.path.exists(os.environ["PLACE"] + "/stays"):
-            os.unlink(os.environ["PLACE"] + "/fault")
-        raise RuntimeError("a bug")
-    real(self, prune)
-etcdinit.Init.rescan = faulty
-sys.exit(etcdinit.main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Container]:
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.format(root=str(ROOT)))
-    box = Container([sys.executable, str(script)])
+    box = Container(patched_program(tmp_path))
     yield box
     box.close()
 
@@ -672,6 +654,7 @@ def test_an_exception_in_its_own_code_leaves_services_pipes_and_locks_as_they_ar
 
 
 def test_a_bug_that_stays_ends_in_the_crash_script(faulty: Container) -> None:
+    faulty.environ["RECOVERIES"] = "5"
     faulty.write("services/.s6-svscan/crash", '#!/bin/sh\necho "crash: $1"\nexit 77\n')
     faulty.service("web")
     faulty.start()

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from support import eventually, need
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SET_UP = """
 set -e
 mount -t tmpfs -o "$RUN_OPTIONS" tmpfs /run
@@ -24,6 +26,36 @@ mount -t overlay overlay -o "lowerdir=$PLACE/etc:/etc" /etc
 cd "$PLACE/work"
 exec "$@"
 """
+
+
+PATCHED = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import etcdinit
+{patch}
+sys.exit(etcdinit.main(sys.argv[1:]))
+"""
+FAULTY = """
+real = etcdinit.Init.rescan
+def faulty(self, prune):
+    if os.path.exists(os.environ["PLACE"] + "/fault"):
+        if not os.path.exists(os.environ["PLACE"] + "/stays"):
+            os.unlink(os.environ["PLACE"] + "/fault")
+        raise RuntimeError("a bug")
+    real(self, prune)
+etcdinit.Init.rescan = faulty
+etcdinit.RECOVERIES = int(os.environ.get("RECOVERIES", "1000"))
+"""
+
+
+def patched_program(directory: Path, patch: str = FAULTY) -> list[str]:
+    """etcdinit after some lines of Python; with FAULTY HUP raises if there is a file PLACE/fault.
+
+    That file goes away then, unless PLACE/stays is there.
+    """
+    script = directory / "patched.py"
+    script.write_text(PATCHED.format(root=str(ROOT), patch=patch))
+    return [sys.executable, str(script)]
 
 
 class Container:
@@ -85,6 +117,13 @@ class Container:
     def up(self, *names: str) -> None:
         """Wait until services are up."""
         eventually(lambda: self.verb("wait", *names, "--up", "--timeout", "20s").returncode == 0, what=f"{names} up")
+
+    def control(self, name: str, commands: str) -> None:
+        """Write command bytes to a service, as s6-svc does."""
+        path = f"/proc/{self.pid()}/root{self.environ.get('ETCDINIT_RUN', '/run/service')}/{name}/supervise/control"
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(fd, commands.encode())
+        os.close(fd)
 
     def signal(self, number: int) -> None:
         """Send a signal to PID 1 from outside, as the container engine does."""
