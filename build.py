@@ -17,6 +17,7 @@ import os
 import resource
 import select
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import tomllib
 import urllib.request
 import venv
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -1314,12 +1316,254 @@ def go_templates() -> Any:
     return importlib.import_module("support.go").GoTemplates()
 
 
+# ---- supervisors beside each other -----------------------------------------------------------------------
+
+PEERS = (("s6", "s6-svscan", "the reference"), ("runit", "runsvdir", "the other small one"),
+         ("supervisor", "supervisord", "the one in Python"))
+PEER_CONF = "[supervisord]\nnodaemon=true\nlogfile=/dev/null\nlogfile_maxbytes=0\npidfile={place}/pid\nuser=root\n"
+PEER_PROGRAM = "[program:{name}]\ncommand={place}/services/{name}/run\nautorestart=true\n"
+RUN_SCRIPT = '#!/bin/sh\necho $$ {name} > {place}/told\n{rest}exec sleep 100000\n'
+
+
+def proc_text(pid: int, name: str) -> str:
+    """A file below /proc/PID, "" if the process has just ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
+
+
+class Supervised:
+    """A supervisor over some services in a scratch directory; each start of a run script is told through a FIFO."""
+
+    def __init__(self, peer: str, argv: Sequence[str], count: int, ready: bool = False, run: str = RUN_SCRIPT) -> None:
+        """peer: s6, runit, supervisor or ours; ready: the services tell readiness (s6's way)."""
+        self.peer, self.scratch = peer, tempfile.TemporaryDirectory(prefix="etcdinit-bench-")
+        place = self.scratch.name
+        conf = PEER_CONF.format(place=place)
+        os.mkfifo(f"{place}/told")
+        self.told = os.open(f"{place}/told", os.O_RDWR)
+        for name in (f"s{number:03d}" for number in range(count)):
+            service = Path(place, "services", name)
+            service.mkdir(parents=True)
+            (service / "run").write_text(run.format(name=name, place=place, rest="echo >&3\n" if ready else ""))
+            (service / "run").chmod(0o755)
+            if ready:
+                (service / "notification-fd").write_text("3\n")
+            conf += PEER_PROGRAM.format(name=name, place=place)
+        Path(place, "conf").write_text(conf)
+        self.place, self.pending = place, b""
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen([word.format(place=place) for word in argv], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        self.pids: dict[str, int] = {}
+
+    def starts(self, count: int, seconds: float = 120) -> list[tuple[float, str]]:
+        """The next starts of run scripts: when (seconds since the supervisor's), and of which service."""
+        found: list[tuple[float, str]] = []
+        deadline = time.monotonic() + seconds
+        while len(found) < count:
+            while b"\n" not in self.pending:
+                if not select.select([self.told], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    fail(f"only {len(found)} of {count} services started within {seconds:g} s")
+                self.pending += os.read(self.told, 4096)
+            at = time.perf_counter() - self.began
+            line, _, self.pending = self.pending.partition(b"\n")
+            pid, name = line.decode().split()
+            self.pids[name] = int(pid)
+            found.append((at, name))
+        return found
+
+    def supervisors(self) -> list[int]:
+        """The processes of the supervisor itself: not the services."""
+        found = [self.process.pid]
+        for pid in etcdinit.descendants(self.process.pid) if self.peer in ("s6", "runit") else ():
+            if proc_text(pid, "comm").startswith(("s6-supervise", "runsv")):
+                found.append(pid)
+        return found
+
+    def memory(self) -> tuple[float, float]:
+        """(MiB, MiB) of the supervisor's processes: their share of all memory (PSS), what is theirs alone."""
+        total = {"Pss": 0, "Private_Dirty": 0}
+        for pid in self.supervisors():
+            for line in proc_text(pid, "smaps_rollup").splitlines()[1:]:
+                name, _, value = line.partition(":")
+                if name in total:
+                    total[name] += int(value.split()[0])
+        return total["Pss"] / 1024, total["Private_Dirty"] / 1024
+
+    def switches(self) -> int:
+        """How often the supervisor's processes were put on a processor so far."""
+        return sum(int(line.split()[1]) for pid in self.supervisors()
+                   for line in proc_text(pid, "status").splitlines() if "ctxt_switches" in line)
+
+    def close(self) -> None:
+        """End all of it."""
+        known = {*etcdinit.descendants(self.process.pid), *self.pids.values()} - {0}
+        for pid in [self.process.pid, *sorted(known)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        os.close(self.told)
+        self.scratch.cleanup()
+
+
+def supervisors() -> dict[str, tuple[str, list[str]]]:
+    """The supervisors that are here: {title: (peer, command line)}."""
+    flags = ["init", "--services", "{place}/services", "--run", "{place}/run", "--log-level", "error"]
+    found = {"etcdinit.py, compiled": ("ours", [sys.executable, "-I", "-S", "-c", COMPILED, str(ROOT), *flags])}
+    if (ROOT / "dist" / "etcdinit").exists():
+        found["dist/etcdinit"] = ("ours", [str(ROOT / "dist" / "etcdinit"), *flags])
+    install_packages([row for row in PEERS if not shutil.which(row[1], path=SEARCH_PATH)],
+                     "not installed, so they are not measured:")
+    for peer, program, argv in (("s6", "s6-svscan", ["{place}/services"]), ("runit", "runsvdir", ["{place}/services"]),
+                                ("supervisor", "supervisord", ["-c", "{place}/conf"])):
+        path = shutil.which(program, path=SEARCH_PATH)
+        if path:
+            found[peer] = (peer, [path, *argv])
+    return found
+
+
+def bench_supervise() -> None:
+    """memory, start, restart and rest of 10 and 100 services, each supervisor in turn; orphans, and 1,000 that flap"""
+    rows = []
+    for title, (peer, argv) in supervisors().items():
+        numbers = []
+        for count in (10, 100):
+            times = []
+            for turn in range(5):
+                with closing(Supervised(peer, argv, count)) as one:
+                    times.append(one.starts(count)[-1][0] * 1000)
+                    if turn == 4:
+                        time.sleep(2.0)
+                        switches = one.switches()
+                        time.sleep(3.0)
+                        numbers += [*(f"{mib:.1f}" for mib in one.memory()), f"{statistics.median(times):.0f}",
+                                    f"{(one.switches() - switches) / 3:.2g}"]
+        rows.append((title, *numbers))
+    table(("", "10: PSS", "own MiB", "start ms", "wake-ups/s", "100: PSS", "own MiB", "start ms", "wake-ups/s"), rows)
+    say("SIGKILL to run again, ms (services that are up and ready for more than a second; median and most of 20):")
+    rows = []
+    for title, (peer, argv) in supervisors().items():
+        with closing(Supervised(peer, argv, 20, ready=peer in ("ours", "s6"))) as one:
+            one.starts(20)
+            time.sleep(1.5)
+            times = []
+            for pid in list(one.pids.values()):
+                killed = time.perf_counter() - one.began
+                os.kill(pid, signal.SIGKILL)
+                times.append((one.starts(1)[0][0] - killed) * 1000)
+        rows.append((title, f"{statistics.median(times):.1f}", f"{max(times):.1f}"))
+    table(("", "median", "most"), rows)
+    if os.geteuid() == 0 and shutil.which("unshare"):
+        bench_orphans()
+    bench_flapping()
+
+
+# the first process of a PID namespace, which does nothing but have the kernel reap: as a supervisor at its best
+AUTO_REAP = """
+import os, signal, sys, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setsigdef=[signal.SIGCHLD])
+time.sleep(600)
+"""
+# 10,000 processes wait for the end of a pipe; whoever holds it dies, so all die and are orphans at that moment
+ORPHANS = """
+import os, signal, sys, time
+count = int(sys.argv[1])
+read, write = os.pipe()
+begin, begun = os.pipe()
+mother = os.fork()
+if not mother:
+    os.setpgid(0, 0)
+    for _ in range(count):
+        if not os.fork():
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+    os.write(begun, b"x")
+    time.sleep(1)  # all of them wait by now
+    os.write(begun, b"x")
+    os._exit(0)
+os.close(write)
+os.setpgid(mother, mother)
+os.read(begin, 1)
+os.read(begin, 1)
+began = time.perf_counter()
+os.waitpid(mother, 0)
+while True:
+    try:
+        os.killpg(mother, 0)
+    except ProcessLookupError:
+        break
+    time.sleep(0.001)
+open(sys.argv[2], "w").write(f"{time.perf_counter() - began} s")
+time.sleep(600)
+"""
+
+
+def bench_orphans(count: int = 10_000) -> None:
+    """The time from the end of 10,000 processes to the last of them reaped, with each as PID 1; kernel alone is 1."""
+    python = [sys.executable, "-I", "-S", "-c"]
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="etcdinit-bench-") as name:
+        took = Path(name, "took")
+        command = [*python, ORPHANS, str(count), str(took)]
+        ours = {title: [word.format(place=name) for word in argv]
+                for title, (peer, argv) in supervisors().items() if peer == "ours"}
+        for _ in range(5):  # in turn
+            for title, argv in {"kernel's auto-reap": [*python, AUTO_REAP], **ours}.items():
+                first = subprocess.Popen(["unshare", "-fp", "--mount-proc", "--kill-child", *argv, *command],
+                                         stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                deadline = time.monotonic() + 120
+                while not (took.exists() and took.read_text().endswith("s")):
+                    if time.monotonic() > deadline:
+                        first.kill()
+                        fail(f"{title} did not reap {count} orphans")
+                    time.sleep(0.1)
+                first.kill()
+                first.wait()
+                times.setdefault(title, []).append(float(took.read_text().split()[0]) * 1000)
+                took.unlink()
+    say(f"{count:,} orphans at once, ms until all are reaped (median of 5):")
+    best = statistics.median(times["kernel's auto-reap"])
+    table(("as PID 1", "ms", "ratio", "target"),
+          [(title, f"{statistics.median(runs):.0f}", f"{statistics.median(runs) / best:.2f}", "1.2")
+           for title, runs in times.items()])
+
+
+def bench_flapping(count: int = 1_000, seconds: int = 60) -> None:
+    """1,000 services that end at once, for a minute: starts, processor time, memory, and whether a death was missed."""
+    rows = []
+    for title, (peer, argv) in supervisors().items():
+        if peer not in ("ours", "s6"):
+            continue
+        with closing(Supervised(peer, argv, count, run="#!/bin/sh\necho 0 {name} > {place}/told\n")) as one:
+            starts = one.starts(count)
+            memory = [one.memory()[1]]
+            while (now := time.perf_counter() - one.began) < seconds:
+                starts += one.starts(count)
+                if len(starts) // (10 * count) > len(memory):
+                    memory.append(one.memory()[1])
+            ticks = sum(int(field) for pid in one.supervisors() for field in
+                        proc_text(pid, "stat").rpartition(")")[2].split()[11:13])
+            last = {name: at for at, name in starts}
+            rows.append((title, f"{len(starts):,}", f"{ticks / os.sysconf('SC_CLK_TCK') / now * 100:.0f}%",
+                         f"{memory[0]:.1f}", f"{memory[-1]:.1f}",
+                         count - sum(at > now - 10 for at in last.values())))
+    say(f"{count:,} services that end at once, for {seconds} s:")
+    table(("", "starts", "one processor", "own MiB at first", "at last", "not started in the last 10 s"), rows)
+
+
 BENCHES: dict[str, Callable[[], None]] = {
     "template": bench_template,
     "store": bench_store,
     "render": bench_render,
     "watch": bench_watch,
     "fleet": bench_fleet,
+    "supervise": bench_supervise,
 }
 
 
@@ -1353,7 +1597,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "build": (build, "[--target aarch64]", "make the static executable dist/etcdinit (the default)"),
     "test": (test, "[PYTEST ARGUMENT ...]", "run ruff, mypy and all tests, after getting what they need"),
     "demo": (demo, "", "etcd on this machine, keys into it, configuration out of it"),
-    "bench": (bench, "[NAME ...]", "measure: template, store, render, watch, fleet"),
+    "bench": (bench, "[NAME ...]", f"measure: {', '.join(BENCHES)}"),
     "readme": (readme, "", "bring the reference in README.md up to date"),
     "help": (show_help, "", "this list"),
 }
