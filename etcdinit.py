@@ -417,7 +417,7 @@ class Secret:
 
     def __init__(self, where: str, text: str = "", path: str = "", hidden: bool = False) -> None:
         self.where, self.path, self.hidden = where, path, hidden
-        self._text = text
+        self._text = text.rstrip("\r\n")  # `echo pass | base64` has made many a Kubernetes secret
         self._stamp: tuple[int, ...] = ()  # of the file when it was read
         self._hide()
 
@@ -1605,6 +1605,8 @@ def _as_file(source: Secret | None) -> Secret | None:
     if source and not source.path:
         text = source.text()
         if text.startswith(("/", "./", "../")) or len(text) < 4096 and "\n" not in text and os.path.isfile(text):
+            if source.hidden:
+                conceal("", instead_of=text)  # a path is none
             return Secret(source.where, path=text, hidden=source.hidden)
     return source
 
@@ -1919,7 +1921,10 @@ def v3_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
         data = json.loads(body)
     except (ValueError, RecursionError):
         data = None
-        message = body[:200].decode("utf-8", "replace").strip().partition("\n")[0]
+        text = body[:2000].decode("utf-8", "replace").strip()
+        title = re.search("<title>([^<]{1,100})</title>", text, re.IGNORECASE)
+        message = f"HTTP status {status}: {title[1].strip() if title else 'a web page'} (is that etcd, or a proxy?)" \
+            if text.startswith("<") else text[:200].partition("\n")[0]
     if isinstance(data, dict):
         inner = data.get("error")
         data = inner if isinstance(inner, dict) else data
@@ -2432,9 +2437,9 @@ class Etcd:
         self._srv_asked, self._srv_until, self._srv_failed = now(), now() + max(ttl, SRV_SHORTEST), False
         self._name_servers(found)
         known = {str(endpoint): endpoint for endpoint in self.endpoints}
-        named = {str(endpoint): endpoint for endpoint in found}
+        named = {str(endpoint): endpoint for endpoint in reversed(found)}  # of a target named twice, the better place
         kept = [endpoint for url, endpoint in known.items() if url in named]
-        new = [endpoint for url, endpoint in named.items() if url not in known]
+        new = [endpoint for endpoint in found if named[str(endpoint)] is endpoint and str(endpoint) not in known]
         moved = False
         for endpoint in kept:
             there = named[str(endpoint)]
@@ -2469,7 +2474,7 @@ class Etcd:
             started = now()
             self._server_version(endpoint)
             row["latency_ms"] = round((now() - started) * 1000, 2)
-            row["leader"] = self._leads(endpoint)
+            row["leader"], _ = self._leads(endpoint)
             row["auth"] = self._auth_state(endpoint)
         except EtcdError as error:
             row["error"] = error.text
@@ -2480,16 +2485,18 @@ class Etcd:
         answer = self._exchange(endpoint, "GET", "/version", {}, b"", MAX_HEAD, "ask for the version")
         return str(self._object(answer, endpoint, "ask for the version").get("etcdserver", ""))
 
-    def _leads(self, endpoint: Endpoint) -> bool:
-        """Whether the member is the leader. EtcdUnreachable if it knows of none."""
+    def _leads(self, endpoint: Endpoint) -> tuple[bool, str]:
+        """Whether the member is the leader, and of which cluster ("": unknown). EtcdUnreachable if it knows of none."""
         request = "ask for the leader"
         try:
             data = self._post(endpoint, "/maintenance/status", {}, request)
         except EtcdNoGateway:
             answer = self._exchange(endpoint, "GET", "/v2/stats/self", {}, b"", MAX_HEAD, request)
-            return self._object(answer, endpoint, request).get("state") == "StateLeader"
+            return self._object(answer, endpoint, request).get("state") == "StateLeader", ""
         header = data.get("header")
-        return isinstance(header, dict) and data.get("leader") == header.get("member_id")
+        if not isinstance(header, dict):
+            return False, ""
+        return data.get("leader") == header.get("member_id"), str(header.get("cluster_id", ""))
 
     def _auth_state(self, endpoint: Endpoint) -> str:
         """What the server makes of our credentials: "off", "needed", or who we are. EtcdDenied if it refuses them."""
@@ -2616,9 +2623,10 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
         except Error as error:
             yield "SRV", False, error.text if isinstance(error, EtcdError) else str(error)
             return
-        yield "SRV", True, ", ".join(f"{endpoint} (priority {endpoint.priority}, by {endpoint.source})"
-                                     for endpoint in client.endpoints)
+        listed = ", ".join(f"{endpoint} (priority {endpoint.priority})" for endpoint in client.endpoints)
+        yield "SRV", True, f"{client.endpoints[0].source}: {listed}"
     passable = list(client.endpoints)
+    clusters: dict[str, Endpoint] = {}
 
     def connect(endpoint: Endpoint) -> str:
         try:
@@ -2638,7 +2646,10 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
 
     def ask_version(endpoint: Endpoint) -> str:
         client.close()  # what connect() left behind speaks no TLS
-        return f"{client._server_version(endpoint)}, {'leader' if client._leads(endpoint) else 'follower'}"
+        version, (leads, cluster) = client._server_version(endpoint), client._leads(endpoint)
+        if cluster:
+            clusters.setdefault(cluster, endpoint)
+        return f"{version}, {'leader' if leads else 'follower'}"
 
     def log_in(endpoint: Endpoint) -> str:
         state = client._auth_state(endpoint)
@@ -2655,6 +2666,9 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
             except EtcdError as error:
                 passable.remove(endpoint)
                 seen.append(f"{endpoint}: {error.text}")
+        if len(clusters) > 1:
+            others = " and ".join(map(str, clusters.values()))
+            seen, passable = [f"{others} belong to different clusters (name members of one only)"], []
         yield step, bool(passable), "; ".join(seen)
         if not passable:
             return
