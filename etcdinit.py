@@ -3568,7 +3568,7 @@ def keys_from_file(path: str) -> KeyTree:
     """
     try:
         with open(path, "rb") as file:
-            text = file.read().decode("utf-8")
+            text = file.read().decode("utf-8").removeprefix("\ufeff")
         data = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
     except OSError as error:
         raise Error(f"cannot read keys from {path}: {reason(error)}") from None
@@ -3580,7 +3580,7 @@ def keys_from_file(path: str) -> KeyTree:
         raise Error(f"cannot read keys from {path}:{error.lineno}: {error.msg[:1].lower()}{error.msg[1:]}"
                     f" (column {error.colno})") from None
     except ValueError as error:  # tomllib has the place in its text only: "... (at line 3, column 5)"
-        message, _, place = str(error).partition(" (at line ")
+        message, _, place = str(error).partition(" for integer string conversion")[0].partition(" (at line ")
         line, _, column = place.rstrip(")").partition(", ")
         raise Error(f"cannot read keys from {path}{':' * bool(line)}{line}: {message[:1].lower()}{message[1:]}"
                     + (f" ({column})" if column else "")) from None
@@ -3590,6 +3590,7 @@ def keys_from_file(path: str) -> KeyTree:
     waiting: list[tuple[str, Any]] = [("/", data)]
     while waiting:
         key, value = waiting.pop()
+        key = _whole_pairs(key)
         if isinstance(value, dict):
             waiting.extend((clean_key(key, name), child) for name, child in reversed(value.items()))
         elif isinstance(value, list):
@@ -3603,10 +3604,15 @@ def keys_from_file(path: str) -> KeyTree:
     return KeyTree(values)
 
 
+def _whole_pairs(text: str) -> str:
+    r"""A text of JSON with U+FFFD for each half of a surrogate pair (\ud800), as Go reads it."""
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def _file_value(value: object) -> str:
     """A scalar of a keys file as text, the way confd's file backend (Go) writes it."""
     if isinstance(value, str):
-        return value
+        return _whole_pairs(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, float):  # an int, or one of TOML's dates and times
@@ -6039,7 +6045,7 @@ class _Number:
     def _read_complex(self, text: str, kind: str) -> None:
         parts = [text[:-1]]
         if kind == "complex":
-            match = re.fullmatch(f"({_FLOAT})([+-]{_FLOAT})i", text)
+            match = re.fullmatch(f"({_FLOAT})([+-](?!i){_FLOAT})i", text)
             if not match:
                 raise ValueError("syntax error scanning complex number")
             parts = [match[1], match[2]]
@@ -6059,7 +6065,7 @@ class _Number:
 
     def _read_real(self, text: str) -> None:
         integer = _parse_integer(text)
-        if integer is not None and -1 << 63 <= integer < 1 << 64:
+        if integer is not None and -1 << 63 <= integer < 1 << 64 - (text[0] == "+"):
             self.integer, self.floating = integer, float(integer)
         elif (floating := _parse_float(text)) is not None:
             if not any(letter in text for letter in ".eEpP"):  # a huge number that fits no integer
@@ -6491,7 +6497,8 @@ def _field(receiver: Any, name: str, origin: Any, missingkey: str) -> Any:
         _fail(f"nil pointer evaluating interface {{}}.{name}")
     kind = type(receiver)
     if name in GO_METHODS.get(kind, ()):
-        return _method(receiver, name)()
+        method = _method(receiver, name)
+        return method() if method else INVALID
     if name in GO_FIELDS.get(kind, ()):
         return getattr(receiver, name)
     if isinstance(receiver, dict):
@@ -6503,16 +6510,19 @@ def _field(receiver: Any, name: str, origin: Any, missingkey: str) -> Any:
           + ("interface {}" if type(origin) in (list, dict) else go_type(receiver)))
 
 
-def _method(receiver: Any, name: str, origin: Any = None, missingkey: str = "") -> Callable[..., Any]:
-    """The method of a value as a function that checks its arguments; a field or key cannot take arguments."""
+def _method(receiver: Any, name: str, origin: Any = None, missingkey: str = "") -> Callable[..., Any] | None:
+    """The method of a value as a function that checks its arguments; a field or key cannot take arguments.
+
+    None for a value that is not there: it is nothing again, whatever its arguments.
+    """
     function = GO_METHODS.get(type(receiver), {}).get(name)
     if function is None:
         if name in GO_FIELDS.get(type(receiver), ()):
             _fail(f"{name} has arguments but cannot be invoked as function")
         if isinstance(receiver, dict):
             _fail(f"{name} is not a method but has arguments")
-        nothing = _field(receiver, name, origin, missingkey)
-        return lambda *arguments: nothing
+        _field(receiver, name, origin, missingkey)
+        return None
 
     def call(*arguments: Any) -> Any:
         if error := _wrong_count(function, len(arguments)):
@@ -6973,7 +6983,9 @@ class _Compiler:
             if number is None:
                 return self.sequence(value, self.fail(f"undefined variable: {name}", self.last(pipe)))
             value = self.keep(scope, number, value)
-            if not pipe.assign:
+            if pipe.assign:
+                scope.variables = [(*each[:2], 0) if each[1] == number else each for each in scope.variables]
+            else:
                 scope.variables.append((name, number, 0))
         return value
 
@@ -7057,6 +7069,8 @@ class _Compiler:
         inside = scope.inner(dot=dot, origin=origin, loop="for", nesting=scope.nesting)
         if node.pipe.assign:
             numbers = [self.find(name, scope.variables[:outside]) for name in node.pipe.names]
+            inside.variables = [(name, number, origin if number == numbers[-1] else old)
+                                for name, number, old in inside.variables]
         else:
             declared = inside.variables[len(scope.variables) - len(node.pipe.names):]
             numbers = [number for _, number, _ in declared]
@@ -7206,12 +7220,12 @@ class _Compiler:
         receiver, names, origin = self.receiver(word, scope)
         value, origin = self.fields(receiver, names[:-1], origin, self.last(word))
         line = self.place(self.last(word), names[-1])
-        method = self.call("method", value, self.constant(names[-1]), origin, line=line)
+        there, method = self.bind(self.call("method", value, self.constant(names[-1]), origin, line=line))
         values = [self.argument(argument, "any", scope) for argument in arguments]
-        if final is None:
-            return self.make(ast.Call, line, method, values, []), "any"
-        bound, name = self.bind(final[0])
-        return self.sequence(bound, self.make(ast.Call, line, method, [*values, name], [])), "any"
+        bound, name = self.bind(final[0]) if final else (None, None)
+        called = self.make(ast.Call, line, method, [*values, name] if final else values, [])
+        called = self.either(self.compare(there, ast.Is(), self.constant(None)), self.name("INVALID"), called)
+        return self.sequence(bound, called) if final else called, "any"
 
     def function(self, word: _Word, node: Any, arguments: Sequence[Any], final: tuple[Any, str] | None,
                  scope: _Scope) -> tuple[Any, str]:
@@ -7978,8 +7992,13 @@ def resource_functions(tree: KeyTree, templates: str, source: str = "", on_missi
     return functions
 
 
-def read_text(path: str) -> str:
-    """A whole file as text; bytes that are not UTF-8 are kept as surrogates. OSError."""
+def read_text(path: str, pipes: bool = False) -> str:
+    """A whole file as text; bytes that are not UTF-8 are kept as surrogates. OSError.
+
+    pipes: take what is no regular file, too; reading it may take forever.
+    """
+    if not pipes and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file")
     with open(path, "rb") as file:
         return file.read().decode("utf-8", "surrogateescape")
 
@@ -7991,7 +8010,9 @@ def compile_file(path: str, functions: Mapping[str, Func]) -> Template:
 
 # Where Go puts a value into the text of an error; keys have values that nobody may see in a log.
 _VALUES_IN_ERRORS = (r'(parsing )"(?:[^"\\]|\\.)*"', r"(range can't iterate over )[\s\S]+",
-                     r"(non-comparable type )[\s\S]+(?=: )", r"(cannot unmarshal number )\S+")
+                     r"(non-comparable type )[\s\S]+(?=: )", r"(non-comparable types )[\s\S]+",
+                     r"(cannot unmarshal number )\S+", r"(non-function )[\s\S]+(?= of type )",
+                     r"(error parsing regexp: [^`]*)`[\s\S]*`")
 
 
 def without_values(message: str) -> str:
@@ -8674,7 +8695,8 @@ def render_steps(resource: Resource, text: str, options: RenderOptions, reloads:
     parent = os.path.dirname(path)
     make_dirs = resource.make_dirs or bool(options.root)
     if not make_dirs and not os.path.isdir(parent):
-        raise Error(f"directory {parent} does not exist (make_dirs = true makes it)")
+        raise Error(f"{parent} is not a directory" if os.path.lexists(parent)
+                    else f"directory {parent} does not exist (make_dirs = true makes it)")
     present = Present(path)
     wanted = Wanted(data, resource, present)
     differences = wanted.differences(present, dest, resource.secret)
@@ -12151,7 +12173,7 @@ def template_verb(words: list[str], flags: dict[str, Any]) -> int:
     path = os.path.abspath(path)
     functions = resource_functions(tree, os.path.dirname(path), path, as_confd=_as_confd(flags))
     try:
-        text = Template(read_text(path), name=os.path.basename(path), functions=functions).render(None)
+        text = Template(read_text(path, True), name=os.path.basename(path), functions=functions).render(None)
     except OSError as error:
         raise Error(f"cannot read template {words[0]}: {reason(error)}") from None
     except TemplateError as error:

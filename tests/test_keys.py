@@ -256,6 +256,12 @@ def test_keys_come_from_json_nested_and_flat(tmp_path: Path) -> None:
         "/lb/flat/key": "v", "/root/key": "1.5", "/big": "10000000000000000000"}
 
 
+def test_a_byte_order_mark_and_halves_of_surrogate_pairs_are_read_as_by_go(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text('\ufeff{"a\\udc80": "x\\ud800y", "b": "\\ud83d\\ude00"}')
+    assert dict(keys_from_file(str(file)).items()) == {"/a\ufffd": "x\ufffdy", "/b": "\U0001f600"}
+
+
 def test_keys_come_from_toml(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text('"/top" = "t"\n[lb]\nport = 80\nratio = 0.25\nsince = 2020-01-02T03:04:05Z\nday = 2020-01-02\n'
@@ -285,6 +291,7 @@ def test_numbers_become_text_as_in_go(tmp_path: Path, number: str, text: str) ->
     ("k.json", "[" * 100_000, r"cannot read keys from \S+k\.json: nested too deep"),
     ("k.toml", "a = 1\nb = \n", r"cannot read keys from \S+k\.toml:2: invalid value \(column 5\)"),
     ("k.toml", "a = \"\xff\"", r"cannot read keys from \S+k\.toml: not UTF-8 at byte 5"),
+    ("k.json", '{"a": ' + "9" * 5000 + "}", r"cannot read keys from \S+k\.json: exceeds the limit \(4300 digits\)"),
     ("no.json", None, r"cannot read keys from \S+no\.json: no such file or directory"),
 ])
 def test_a_wrong_keys_file_is_one_clear_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -117,6 +117,10 @@ def test_the_index_of_a_range_is_a_plain_int_and_its_key_a_plain_string() -> Non
     ("{{0x.p1+2i}}", 'strconv.ParseFloat: parsing "0x.p1": invalid syntax'),
     ("{{1+1e999i}}", 'strconv.ParseFloat: parsing "+1e999": value out of range'),
     ("{{0b1+1i}}", "syntax error scanning complex number"),
+    ("{{1+i}}", "syntax error scanning complex number"),
+    ("{{+9223372036854775808}}", 'integer overflow: "+9223372036854775808"'),
+    ("{{$v := 1}}{{range $v = .list}}{{$v.x}}{{end}}", "at <$v.x>: can't evaluate field x in type interface {}"),
+    ("{{range $v := .list}}{{$v = 2}}{{$v.x}}{{end}}", "at <$v.x>: can't evaluate field x in type int"),
     ("{{$x := 1 | $x 2}}", "at <$x>: undefined variable: $x"),
     ("{{1 2 | print 9223372036854775808}}", "at <1>: can't give argument to non-function 1"),
     ("{{(or .list (print 1)).x}}", "at <.list>: can't evaluate field x in type []interface {}"),
@@ -132,7 +136,7 @@ def test_errors_are_told_as_go_sees_the_value(text: str, message: str) -> None:
 def test_a_field_with_arguments_of_nothing_obeys_missingkey() -> None:
     assert str(error_of("{{(index . `a`).b 1}}", {}, missingkey="error")).endswith(
         'nil data; no entry for key "b"')
-    assert render("{{(index . `a`).b 1}}", {}) == "<no value>"
+    assert render("{{(index . `a`).b 1}}{{.a.b or}}", {}) == "<no value><no value>"
 
 
 # ---- nothing of Python is in reach --------------------------------------------------------------------

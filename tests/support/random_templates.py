@@ -281,8 +281,8 @@ ODD = ["$", "$x", "nil", "2i", "1+2i", "-0.0", "0x10", "18446744073709551615", "
        "(index .m `zz`)", "(index `abc` 1)", "(seq 3 1)", "(json .json).y", "(list 1 nil)", "(base64Decode `/w==`)",
        "(and nil 1)", "(or .nil .list)", "(or `a` .f).x", "(die)", "(fail `x`)", "print", "len", "(1).x", "(nil).x",
        '"a".x', "$x.y", "(.missing)", "(gets `/zz*`)", "(get `/app/db/host`)"]
-HEADS = [*(row[0] for row in FUNCTIONS), "and 1", "or 0", "and .nil", "or .on", "printf `%v|%T`", "printf `%#v`", ".m",
-         ".name.x", "$x", "(print)", "nil", "1", ".", ".port", "$.m.a", "undefined"]
+HEADS = [*(row[0] for row in FUNCTIONS if row[0] != "seq"), "and 1", "or 0", "and .nil", "or .on", "printf `%v|%T`",
+         "printf `%#v`", ".m", ".name.x", "$x", "(print)", "nil", "1", ".", ".port", "$.m.a", "undefined"]
 SEEN = [".", "$x", "$y", "$i", "$v", "$", "len $x", "print $x $y", "printf `%v-%T` $x $v", "eq $x $y", ".n", "$v.n",
         "index . 0", "1", "`s`", "add $i 1", "or $x $y", "(or $x .n).k", "slice $v 0 1", "index .mixed $i", "call $x",
         "$v | printf `%q`", "$v.Key"]
