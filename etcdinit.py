@@ -10170,6 +10170,7 @@ SUPERVISE_AGAIN = 10.0  # seconds until a service directory that could not be ta
 TELL_AGAIN = 1.0  # seconds until a status file that could not be written is tried again
 BUSY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # why a start can fail that works a little later
 BUSY_PAUSE = 5.0  # seconds until then
+SETTLED = 2.0  # seconds after which what a change needed of our own program is no longer kept in memory
 
 
 def _linked_place(path: str) -> str:
@@ -10279,6 +10280,7 @@ class Supervisor:
         self.left = 0  # how many services were left so far
         self.oom_kills = oom_kills()
         self.reaps_orphans = os.getpid() == 1
+        self.settling = False
         self.children: dict[int, Callable[[int], object]] = {}  # pid: what to do with its waitpid status
         self.watched: dict[int, tuple[Callable[[Any], object], Any]] = {}  # descriptor: what to do when it is readable
         self.timers: list[tuple[float, int, Callable[[Any], object], Any]] = []  # a heap
@@ -10484,6 +10486,9 @@ class Supervisor:
 
     def tell(self, service: Service) -> None:
         """Write the status file."""
+        if native and not self.settling:
+            self.settling = True
+            self.at(now() + SETTLED, self.settle, None)
         record = Status(service.stamp, service.ready_stamp, service.pid, service.pgid, service.wstat, service.flags)
         try:
             replace_file(f"{service.directory}/supervise/status", record.pack())
@@ -10493,6 +10498,11 @@ class Supervisor:
             if not service.untold:
                 service.untold = True
                 self.at(now() + TELL_AGAIN, self.tell_again, service)
+
+    def settle(self, _: None) -> None:
+        """Give back the memory of the static executable's own code and constants: the page cache has them too."""
+        self.settling = False
+        native.trim()
 
     def tell_again(self, service: Service) -> None:
         """Write a status that could not be written before: nobody shall wait for what has come already."""
