@@ -10032,18 +10032,19 @@ def _has_uid(uid: int) -> bool:
 # ---- service.toml: what s6 has no file for ---------------------------------------------------------------
 
 POLICY = {  # key: kind, default, help
-    "after": ("names", [], "start when these services are ready (oneshots: done); stop before them"),
+    "after": ("list of names", [], "start when these services are ready (oneshots: done); stop before them"),
     "backoff": ("duration", 0.0, "restart after 1s, then twice as long each time up to this; 0: as s6 does"),
-    "give_up": ("rate", [0, 0.0], '"5/1m": after 5 deaths within a minute stay down'),
-    "essential": ("yes/no", False, "its end ends the container, with its exit code"),
-    "oneshot": ("yes/no", False, "runs once; it is done when it ended with exit code 0"),
+    "give_up": ("deaths/time", [0, 0.0], '"5/1m": after 5 deaths within a minute stay down'),
+    "essential": ("true/false", False, "its end ends the container, with its exit code"),
+    "oneshot": ("true/false", False, "runs once; it is done when it ended with exit code 0"),
     "user": ("text", "", "run as this user (name or number) and its groups"),
     "group": ("text", "", "run as this group (name or number)"),
-    "env": ("texts", {}, "more environment variables"),
-    "secrets": ("yes/no", False, "keep ETCD_PASSWORD and ETCD_KEY in its environment; the service confd has them"),
+    "env": ("table of texts", {}, "more environment variables"),
+    "secrets": ("true/false", False, "keep ETCD_PASSWORD and ETCD_KEY in its environment; the service confd has them"),
     "cwd": ("text", "", "working directory of run; else the service directory"),
-    "limits": ("limits", {}, '{nofile = 4096, core = 0, ...}: resource limits; "unlimited" and "SOFT:HARD" too'),
-    "health": ("health", {}, "{command = [...], interval = 10s, timeout = 5s, failures = 3}: else it is restarted"),
+    "limits": ("table", {}, '{nofile = 4096, core = 0, ...}: resource limits; "unlimited" and "SOFT:HARD" too'),
+    "health": ("health check", {}, '{command = [...], interval = "10s", timeout = "5s", failures = 3}: else it is '
+                                   "restarted"),
     "stop_delay": ("duration", 0.0, "at a shutdown wait so long before the stop signal"),
 }
 BACKOFF_FIRST = 1.0  # seconds
@@ -10115,8 +10116,9 @@ def _health(value: Any) -> dict[str, Any]:
 
 
 _POLICY_KINDS: dict[str, Callable[[Any], Any]] = {
-    "names": _toml_texts, "duration": duration, "rate": _rate, "yes/no": _truth, "text": _toml_text, "limits": _limits,
-    "texts": lambda value: {name: _toml_text(text) for name, text in dict(value).items()}, "health": _health}
+    "list of names": _toml_texts, "duration": duration, "deaths/time": _rate, "true/false": _truth, "text": _toml_text,
+    "table": _limits, "health check": _health,
+    "table of texts": lambda value: {name: _toml_text(text) for name, text in dict(value).items()}}
 NO_POLICY = check_policy({})
 
 
@@ -12038,10 +12040,13 @@ def reference() -> str:
     keys = [(f"`{row.name}`", row.kind, _default_text(row), row.help) for row in RESOURCE_KEYS.values()]
     variables = [(f"`{row.env}`", "yes" * (row.kind in ("credential", "secret")),
                   f"`{_default_of(row)}`" * bool(_default_of(row)), row.help) for row in environment_only()]
+    policies = [(f"`{name}`", kind, "false" if default is False else "", help)
+                for name, (kind, default, help) in POLICY.items()]
     return "\n".join([table(("verb", "what it does", "example"), *verbs),
                       table(("flag", "environment", "default", "meaning"), *flags),
                       table(("environment, without a flag", "or in a file", "default", "meaning"), *variables),
                       table(("key in [template]", "kind", "default", "meaning"), *keys),
+                      table(("key in service.toml", "kind", "default", "meaning"), *policies),
                       f"Exit code: {EXIT_MEANINGS}.\n"])
 
 
