@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 from support import eventually, need
-from support.etcd_server import Cluster, find_etcd
+from support.etcd_server import Cluster, EtcdServer, find_etcd
 from support.follow import Follow, holds
 from support.hosts import Hosts
 from support.image import Image
@@ -355,3 +355,49 @@ def test_files_follow_a_cluster_that_breaks_all_the_time(program: list[str], tmp
 @pytest.mark.parametrize("version, api", [*KINDS, ("3.5", "2")])
 def test_files_follow_it_for_minutes(program: list[str], tmp_path: Path, version: str, api: str) -> None:
     print(soak(program, tmp_path, version, api, writes=20_000, longest=20.0, rate=100))
+
+
+# ---- nothing grows ------------------------------------------------------------------------------------
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("version, api", [("3.4", "3"), ("3.5", "3"), ("3.4", "2")])
+def test_nothing_grows_over_a_hundred_thousand_changes(program: list[str], tmp_path: Path, version: str,
+                                                       api: str) -> None:
+    binary = find_etcd(version)
+    need(binary, f"etcd {version}")
+    assert binary
+    image = Image(program, tmp_path / "image")
+    values = [image.resource(f"f{number}", f'{{{{range gets "/soak/k0{number}?/*"}}}}{{{{.Value}}}} {{{{end}}}}',
+                             keys=["/soak"]) for number in range(10)]
+    checked = image.resource("checked", '{{getv "/soak/k000/one"}}', debounce="500ms:2s", check_cmd="true",
+                             keys=["/soak"], reload_cmd="true")
+    server = EtcdServer(binary, tmp_path / "etcd", *(["--enable-v2=true"] if api == "2" else [])).start()
+    following = None
+    try:
+        writer = Writer([("127.0.0.1", server.port)], api)
+        for key in range(100):
+            writer.write(f"k{key:03d}", 0)
+        following = Follow(image, server.url, api=api)
+        holds(checked, "0")
+        sizes: list[int] = []
+        changes = 100_000 if api == "2" else 50_000  # of two keys each
+        for value in range(1, changes + 1):
+            writer.write(f"k{value % 100:03d}", value)
+            if value % (changes // 50) == 0:
+                last = [str(writer.last[f"k{key:03d}"]) for key in range(90, 100)]
+                holds(values[9], "".join(f"{each} " * (2 if api == "3" else 1) for each in last))
+                eventually(lambda: not following.children())
+                sizes.append(following.resident_kib())
+                if len(sizes) == 5:
+                    descriptors = sorted(following.descriptors())
+        holds(checked, str(writer.last["k000"]))
+        eventually(lambda: not following.children())
+        print(f"etcd {version}, v{api}: RSS after each 2,000 changes, KiB: {sizes}")
+        assert abs(len(following.descriptors()) - len(descriptors)) <= 1  # one may be a probe's
+        assert max(sizes[25:]) - max(sizes[3:25]) <= 512
+        following.stop()
+    finally:
+        if following:
+            following.kill()
+        server.kill()
