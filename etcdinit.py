@@ -303,6 +303,75 @@ class Log:
 log = Log()
 
 
+# ---- signals ------------------------------------------------------------------------------------------
+
+SIGNALS = {  # Linux's numbers, so that no module is loaded to know them
+    "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "BUS": 7, "FPE": 8, "KILL": 9, "USR1": 10,
+    "SEGV": 11, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15, "STKFLT": 16, "CHLD": 17, "CONT": 18, "STOP": 19,
+    "TSTP": 20, "TTIN": 21, "TTOU": 22, "URG": 23, "XCPU": 24, "XFSZ": 25, "VTALRM": 26, "PROF": 27, "WINCH": 28,
+    "IO": 29, "PWR": 30, "SYS": 31}
+SIGNAL_NAMES = {number: f"SIG{name}" for name, number in SIGNALS.items()}
+
+
+def signal_number(text: str) -> int:
+    """The signal that a name (TERM, SIGTERM, RTMIN+3), or a number, stands for; ValueError for anything else."""
+    name = text.strip().upper().removeprefix("SIG")
+    if name.isascii() and name.isdigit() and 0 < int(name) <= 64:
+        return int(name)
+    base, _, offset = name.partition("+")
+    if base == "RTMIN" and (offset or "0").isdigit() and int(offset or 0) <= 30:
+        return 34 + int(offset or 0)  # as every C library but musl counts, and as container engines send it
+    if name not in SIGNALS:
+        raise ValueError(f'"{text}" is not a signal')
+    return SIGNALS[name]
+
+
+# ---- small files --------------------------------------------------------------------------------------
+
+def read_small(path: str, limit: int = 4096) -> bytes | None:
+    """The begin of a file, None if there is none. Never blocks, whatever stands there; OSError otherwise."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(fd, limit)
+    except BlockingIOError:  # a FIFO that somebody writes to
+        return b""
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it to a descriptor. OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Put a whole file in the place of another, so that no reader ever sees half of one. OSError."""
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        write_all(fd, data)
+    finally:
+        os.close(fd)
+    os.rename(f"{path}.new", path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and all in it; links are removed, not followed. What cannot be removed stays."""
+    try:
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(entry.path)
+            else:
+                os.unlink(entry.path)
+        os.rmdir(path)
+    except OSError as error:
+        log.warning(f"cannot remove {path}: {reason(error)}")
+
+
 # ---- settings -----------------------------------------------------------------------------------------
 
 class Setting:
@@ -7563,6 +7632,12 @@ RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("check_timeout", "duration", 30.0, "time after which check_cmd is killed and has failed"),
     ResourceKey("reload_cmd", "text", "", "shell command to run after a change; {{.src}} and {{.dest}} are the file"),
     ResourceKey("reload_timeout", "duration", 60.0, "time after which reload_cmd is killed and has failed"),
+    ResourceKey("service", "name", "", "the service that the file belongs to: it starts when its files are there"),
+    ResourceKey("reload", "signal NAME|restart|command|none", "",
+                "how the service takes up new files; else reload_cmd, without one restart"),
+    ResourceKey("verify", "time", 2.0,
+                "how long the service must stay up and ready after that, else the old files come back"),
+    ResourceKey("verify_cmd", "text", "", "shell command that must succeed by then (it is tried again until it does)"),
     ResourceKey("debounce", "min[:max]", (0.0, 0.0),
                 'wait for quiet before rendering, as in "50ms", but no longer than four times that, or "50ms:2s"'),
     ResourceKey("output_format", "json|toml", "", "the new file must be well-formed JSON or TOML"),
@@ -7608,6 +7683,22 @@ def _timeout(value: Any) -> float:
     return seconds
 
 
+def _name(value: object) -> str:
+    name = _a_text(value)
+    if name[:1] in ("", ".") or "/" in name or not name.isprintable():
+        raise ValueError("the name of a directory of services.d is needed")
+    return name
+
+
+def _reload_way(value: object) -> str:
+    word, _, name = _a_text(value).partition(" ")
+    if word == "signal":
+        return f"signal {signal_number(name)}"
+    if value not in ("restart", "command", "none"):
+        raise ValueError('one of "signal HUP", "restart", "command", "none" is needed')
+    return word
+
+
 def _times(value: object) -> tuple[float, float]:
     least, _, most = _a_text(value).partition(":")
     times = duration(least), duration(most) if most else 4 * duration(least)
@@ -7618,7 +7709,8 @@ def _times(value: object) -> tuple[float, float]:
 
 _RESOURCE_KINDS: dict[str, Callable[[Any], Any]] = {
     "text": _a_text, "list of texts": _texts, "number": _id, "true/false": _yes_or_no,
-    "duration": _timeout, "min[:max]": _times, "octal": _a_text}
+    "duration": _timeout, "time": duration, "min[:max]": _times, "octal": _a_text, "name": _name,
+    "signal NAME|restart|command|none": _reload_way}
 
 
 def parse_mode(text: str, as_confd: bool = False) -> tuple[int, str]:
@@ -7648,17 +7740,16 @@ class Resource:
 
     name: the file's path below conf.d, with [n] from the second template of one file on; path: that file; lines: the
     line of each key in it, "" for the header; prefix: already joined with the global one; lookups: the keys to
-    fetch; check, reload: the commands as templates, None if there are none.
+    fetch; commands: those that there are of check_cmd, reload_cmd and verify_cmd, as templates.
     """
 
-    __slots__ = ("name", "path", "lines", "lookups", "check", "reload", *RESOURCE_KEYS)
+    __slots__ = ("name", "path", "lines", "lookups", "commands", *RESOURCE_KEYS)
 
     name: str
     path: str
     lines: dict[str, int]
     lookups: list[str]
-    check: Template | None
-    reload: Template | None
+    commands: dict[str, Template]
     src: str
     dest: str
     keys: tuple[str, ...]
@@ -7673,11 +7764,19 @@ class Resource:
     check_timeout: float
     reload_cmd: str
     reload_timeout: float
+    service: str
+    reload: str
+    verify: float
+    verify_cmd: str
     debounce: tuple[float, float]
     output_format: str
     on_missing: str
     required: tuple[str, ...]
     secret: bool
+
+    def command(self, name: str, src: str, dest: str) -> str:
+        """check_cmd, reload_cmd or verify_cmd for a file; "" if there is none. TemplateError."""
+        return self.commands[name].render({"src": src, "dest": dest}) if name in self.commands else ""
 
     def is_named(self, word: str) -> bool:
         """True if a word of the command line means this resource: its name, its file's, or its destination."""
@@ -7750,7 +7849,7 @@ def _resource(table: dict[str, Any], path: str, name: str, text: Sequence[str], 
             continue
         kind = RESOURCE_KEYS[key].kind
         try:
-            if "|" not in kind:
+            if kind in _RESOURCE_KINDS:
                 values[key] = _RESOURCE_KINDS[kind](value)
             elif value in kind.split("|"):
                 values[key] = value
@@ -7768,15 +7867,22 @@ def _resource(table: dict[str, Any], path: str, name: str, text: Sequence[str], 
         if not values[key] and sound:
             fault(key, f"empty {key}{' template' * (key == 'src')}")
     resource = Resource()
-    for key in ("check", "reload"):
-        command = values[f"{key}_cmd"]
+    commands: dict[str, Template] = {}
+    for key in ("check_cmd", "reload_cmd", "verify_cmd"):
         try:
-            values[key] = Template(command, name=f"{key}_cmd") if command else None
+            if values[key]:
+                commands[key] = Template(values[key], name=key)
         except TemplateError as error:
-            fault(f"{key}_cmd", f"cannot use {key}_cmd: {error}")
+            fault(key, f"cannot use {key}: {error}")
+    if values["reload"] == "command" and not values["reload_cmd"]:
+        fault("reload", 'reload = "command" needs a reload_cmd')
+    for key in ("reload", "verify", "verify_cmd") if not values["service"] else ():
+        if key in lines:
+            fault(key, f"{key} does nothing without service", "warning")
+    values["reload"] = values["reload"] or ("command" if values["reload_cmd"] else "restart")
     values["prefix"] = effective_prefix(prefix, values["prefix"], as_confd)
     values["lookups"] = [clean_key(values["prefix"], key) for key in values["keys"]]
-    values.update(name=name, path=path, lines=lines)
+    values.update(name=name, path=path, lines=lines, commands=commands)
     for key in values if sound else ():
         setattr(resource, key, values[key])
     return resource if sound else None
@@ -8121,8 +8227,11 @@ class Page:
             self._compiled[path] = stamp, compile_file(path, self._functions)
         return self._compiled[path][1]
 
-    def text(self) -> str:
-        """The text from the keys as they are now. Error, or Skipped when a key is missing and may be."""
+    def texts(self) -> dict[str, str | None]:
+        """The text of every destination, from the keys as they are now. Error, or Skipped when a key may be missing."""
+        return {self.resource.dest: self._text(None)}
+
+    def _text(self, dot: Any) -> str:
         resource = self.resource
         self.stamps.clear()
         if self.asked:
@@ -8133,7 +8242,7 @@ class Page:
             for key in map(clean_key, resource.required):
                 if key not in self.view:
                     _missing(resource, f"required key {key} does not exist", key)
-            return template.render(None)
+            return template.render(dot)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise Error(f"Missing template: {self._path}") from None
@@ -8443,25 +8552,34 @@ class Present:
         with open(path, "rb") as file:
             self.data = file.read()
 
+    @classmethod
+    def of(cls, data: bytes | None, mode: int, uid: int, gid: int) -> Present:
+        """A destination as it was."""
+        self = cls.__new__(cls)
+        self.data, self.mode, self.uid, self.gid = data, mode, uid, gid
+        return self
+
 
 class Wanted:
     """A destination as it shall be: contents, mode, uid and gid (-1: as it comes); asked: the resource sets these."""
 
     __slots__ = ("data", "mode", "uid", "gid", "asked")
 
-    def __init__(self, data: bytes, resource: Resource, present: Present) -> None:
-        """Error for an owner or group that nobody knows."""
+    def __init__(self, data: bytes, mode: int, uid: int = -1, gid: int = -1,
+                 asked: tuple[bool, bool] = (False, False)) -> None:
+        self.data, self.mode, self.uid, self.gid, self.asked = data, mode, uid, gid, asked
+
+    @classmethod
+    def by(cls, resource: Resource, data: bytes, present: Present) -> Wanted:
+        """What a resource makes of these contents. Error for an owner or group that nobody knows."""
         uid = owner_id(resource.owner, resource.uid, "owner")
         gid = owner_id(resource.group, resource.gid, "group")
-        self.data = data
-        self.asked = uid >= 0, gid >= 0
-        self.uid, self.gid = uid if uid >= 0 else present.uid, gid if gid >= 0 else present.gid
-        if resource.mode is not None:
-            self.mode = resource.mode
-        else:
-            usual = 0o600 if resource.secret else 0o644
-            kept = present.mode & 0o700 if resource.secret else present.mode
-            self.mode = usual if present.data is None else kept
+        mode = resource.mode
+        if mode is None and present.data is None:
+            mode = 0o600 if resource.secret else 0o644
+        elif mode is None:
+            mode = present.mode & 0o700 if resource.secret else present.mode
+        return cls(data, mode, uid if uid >= 0 else present.uid, gid if gid >= 0 else present.gid, (uid >= 0, gid >= 0))
 
     def differences(self, present: Present, dest: str, secret: bool) -> list[str]:
         """Why a present file is not as wanted, in confd's words; empty if it is."""
@@ -8507,14 +8625,14 @@ def write_stage(path: str, wanted: Wanted, lenient: bool = False) -> str:
     owner that we may not give is a warning even if the resource asks for it, as in confd.
     """
     directory, name = os.path.split(path)
-    stage = f"{directory}/.{os.fsdecode(os.fsencode(name)[:200])}.{os.urandom(6).hex()}"
+    stage = f"{directory}/.{os.fsdecode(os.fsencode(name)[:200])}.{os.getpid()}-{os.urandom(6).hex()}"
     try:
         fd = os.open(stage, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Error(f"cannot write in {directory}: {reason(error)}") from None
     try:
         try:
-            _write_all(fd, wanted.data)
+            write_all(fd, wanted.data)
             _give(fd, path, wanted, lenient)
             os.fsync(fd)
         finally:
@@ -8525,10 +8643,22 @@ def write_stage(path: str, wanted: Wanted, lenient: bool = False) -> str:
     return stage
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view):]
+def sweep_stages(directory: str) -> None:
+    """Remove what renderers that are no more have staged in a directory."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        writer = re.fullmatch(r"\..*\.([0-9]+)-[0-9a-f]{12}", name)
+        try:
+            if writer:
+                os.kill(int(writer[1]), 0)
+        except ProcessLookupError:
+            log.info(f"removing {directory}/{name}, left over from a renderer that was killed")
+            os.unlink(f"{directory}/{name}")
+        except (OSError, OverflowError):
+            pass  # it lives, under another user
 
 
 def _give(fd: int, path: str, wanted: Wanted, lenient: bool) -> None:
@@ -8571,6 +8701,28 @@ def swap(stage: str, path: str, wanted: Wanted, lenient: bool = False) -> None:
             log.warning(f"cannot make the change of {path} last through a power failure: {reason(error)}")
 
 
+def put_back(path: str, old: Present, lenient: bool = True) -> None:
+    """Make a file again what it was. OSError, Error: nothing has changed."""
+    if old.data is None:
+        remove_file(path)
+        return
+    wanted = Wanted(old.data, old.mode, old.uid, old.gid)
+    stage = write_stage(path, wanted, lenient)
+    try:
+        swap(stage, path, wanted, lenient)
+    except BaseException:
+        remove_file(stage)
+        raise
+
+
+def remove_file(path: str) -> None:
+    """Remove a file that may be gone already. OSError."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 def write_in_place(path: str, wanted: Wanted, lenient: bool = False) -> None:
     """Overwrite a file that cannot be replaced. If that fails, the old contents are put back. OSError."""
     with open(path, "rb") as file:
@@ -8579,12 +8731,12 @@ def write_in_place(path: str, wanted: Wanted, lenient: bool = False) -> None:
     try:
         try:
             _reserve(fd, len(wanted.data))
-            _write_all(fd, wanted.data)
+            write_all(fd, wanted.data)
             os.ftruncate(fd, len(wanted.data))
             os.fsync(fd)
         except BaseException:
             os.lseek(fd, 0, os.SEEK_SET)
-            _write_all(fd, old)
+            write_all(fd, old)
             os.ftruncate(fd, len(old))
             raise
         _give(fd, path, wanted, lenient)
@@ -8627,16 +8779,21 @@ def _diff_input(data: bytes) -> list[str]:
 class RenderOptions:
     """How to render: directories, the global prefix, which resources, and what to leave out.
 
-    show: takes the lines of a diff if one is wanted.
+    show: takes the lines of a diff if one is wanted; services: where services are defined; run: where their state is;
+    door: gives the door to a service by its name (see Bond), None if files are not to be bound to services.
     """
 
-    __slots__ = ("confdir", "prefix", "as_confd", "names", "root", "dry_run", "sync_only", "show")
+    __slots__ = ("confdir", "prefix", "as_confd", "names", "root", "dry_run", "sync_only", "show", "services", "run",
+                 "door")
 
     def __init__(self, confdir: str, prefix: str = "", as_confd: bool = False, names: Sequence[str] = (),
                  root: str = "", dry_run: bool = False, sync_only: bool = False,
-                 show: Callable[[list[str]], None] | None = None) -> None:
+                 show: Callable[[list[str]], None] | None = None, services: str = "", run: str = "",
+                 door: Callable[[str], Any] | None = None) -> None:
         self.confdir, self.prefix, self.as_confd, self.names = confdir, prefix, as_confd, names
         self.root, self.dry_run, self.sync_only, self.show = root, dry_run, sync_only, show
+        self.services, self.run = services, run
+        self.door = None if root or dry_run or sync_only else door
 
     @property
     def templates(self) -> str:
@@ -8660,49 +8817,48 @@ class Reload:
         self.attempts, self.due, self.told = 0, 0.0, ""
 
 
-def render_resource(resource: Resource, tree: KeyTree, options: RenderOptions, reloads: dict[str, Reload]) -> str:
-    """Bring the destination of one resource up to date; a reload that this calls for is added to reloads.
+class FileChange:
+    """A destination that is not as it should be: path (links followed), dest (for people), what it is and shall be.
 
-    Returns "updated", "in sync", "out of sync" or "skipped". Error or OSError say why it failed: then the
-    destination is as before.
+    wanted: None if it is to go; stage: where its new contents wait, "" if they do not; reload: the text of reload_cmd.
     """
-    seen = tree.under(resource.prefix, resource.keys)
-    try:
-        text = Page(resource, seen, options.templates, options.as_confd).text()
-    except Skipped as skipped:
-        log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
-        return "skipped"
-    steps = render_steps(resource, text, options, reloads)
-    while True:
-        try:
-            command = next(steps)
-        except StopIteration as end:
-            return str(end.value)
-        command.start()
-        finish_command(command)
+
+    __slots__ = ("resource", "path", "dest", "present", "wanted", "stage", "reload")
+
+    def __init__(self, resource: Resource, path: str, dest: str, present: Present, wanted: Wanted | None) -> None:
+        self.resource, self.path, self.dest = resource, path, dest
+        self.present, self.wanted = present, wanted
+        self.stage = ""
+        self.reload = resource.command("reload_cmd", path, path)
+
+    def diff(self) -> list[str]:
+        """What changes, line by line."""
+        return diff_lines(self.present.data, self.wanted.data if self.wanted else b"", self.dest, self.resource.secret)
 
 
-def render_steps(resource: Resource, text: str, options: RenderOptions, reloads: dict[str, Reload],
-                 quiet: bool = False) -> Generator[Command, None, str]:
-    """Bring the destination of one resource to a text, in steps: what it yields is to be started and run to its end.
+def find_change(resource: Resource, name: str, text: str | None, options: RenderOptions,
+                level: str = "info") -> FileChange | None:
+    """How the destination `name` of a resource has to change to hold a text (None: to be gone); None if it is right.
 
-    Returns and raises as render_resource(). quiet: this has failed before, so tell less.
+    Error or OSError say why it cannot be.
     """
-    level = "debug" if quiet else "info"
-    data = text.encode("utf-8", "surrogateescape")
-    path = follow(resource.dest, options.root)
-    dest = path if options.root else resource.dest
+    path = follow(name, options.root)
+    dest = path if options.root else name
     parent = os.path.dirname(path)
-    make_dirs = resource.make_dirs or bool(options.root)
-    if not make_dirs and not os.path.isdir(parent):
+    if not (resource.make_dirs or options.root) and not os.path.isdir(parent):
         raise Error(f"{parent} is not a directory" if os.path.lexists(parent)
                     else f"directory {parent} does not exist (make_dirs = true makes it)")
     present = Present(path)
-    wanted = Wanted(data, resource, present)
+    if text is None:
+        if present.data is None:
+            return None
+        log(level, f"{dest} is obsolete")
+        return FileChange(resource, path, dest, present, None)
+    wanted = Wanted.by(resource, text.encode("utf-8", "surrogateescape"), present)
     differences = wanted.differences(present, dest, resource.secret)
     if not differences:
         log.debug(f"Target config {dest} in sync")
-        return "in sync"
+        return None
     for difference in differences:
         log(level, difference)
     log(level, f"Target config {dest} out of sync")
@@ -8710,37 +8866,112 @@ def render_steps(resource: Resource, text: str, options: RenderOptions, reloads:
     if fault:
         why = "not shown: secret = true" if resource.secret else fault
         raise Error(f"output format validation failed ({resource.output_format}): {why}")
-    if options.show:
-        options.show(diff_lines(present.data, data, dest, resource.secret))
-    if options.dry_run:
-        log.warning(f"Noop mode enabled. {dest} will not be modified")
-        return "out of sync"
-    reload = resource.reload.render({"src": path, "dest": path}) if resource.reload and not options.sync_only else ""
-    if make_dirs:
-        os.makedirs(parent, 0o755, exist_ok=True)
-    stage = write_stage(path, wanted, options.as_confd)
+    return FileChange(resource, path, dest, present, wanted)
+
+
+def stage_steps(resource: Resource, texts: Mapping[str, str | None], options: RenderOptions,
+                quiet: bool = False) -> Generator[Command, None, list[FileChange]]:
+    """Put beside the destinations of a resource what differs from these texts, and check it.
+
+    In steps: what it yields is to be started and run to its end. Returns the changes, ready for swap_all(); Error or
+    OSError say why that cannot be, and nothing is left then. quiet: this has failed before, so tell less.
+    """
+    changes: list[FileChange] = []
     try:
-        if resource.check and not options.sync_only:
-            command = Command(resource.check.render({"src": stage, "dest": path}), resource.check_timeout)
-            yield command
-            if not quiet:
-                log_output(command, f"check_cmd of {resource.name}", resource.secret)
-            if command.failure:
-                raise Error(f"Config check failed: {command.failure}")
+        for name, text in texts.items():
+            change = find_change(resource, name, text, options, "debug" if quiet else "info")
+            if not change:
+                continue
+            changes.append(change)
+            if options.show:
+                options.show(change.diff())
+            if options.dry_run:
+                log.warning(f"Noop mode enabled. {change.dest} will not be modified")
+            elif change.wanted:
+                if resource.make_dirs or options.root:
+                    os.makedirs(os.path.dirname(change.path), 0o755, exist_ok=True)
+                change.stage = write_stage(change.path, change.wanted, options.as_confd)
+                yield from _check_steps(change, options, quiet)
+    except BaseException:
+        discard(changes)
+        raise
+    return changes
+
+
+def _check_steps(change: FileChange, options: RenderOptions, quiet: bool) -> Iterator[Command]:
+    resource = change.resource
+    text = resource.command("check_cmd", change.stage, change.path)
+    if text and not options.sync_only:
+        command = Command(text, resource.check_timeout)
+        yield command
+        if not quiet:
+            log_output(command, f"check_cmd of {resource.name}", resource.secret)
+        if command.failure:
+            raise Error(f"Config check failed: {command.failure}")
+
+
+def discard(changes: Iterable[FileChange]) -> None:
+    """Take stage files away."""
+    for change in changes:
+        if change.stage:
+            remove_file(change.stage)  # a command may have taken it away
+            change.stage = ""
+
+
+def swap_all(changes: Sequence[FileChange], lenient: bool = False) -> None:
+    """Put what is staged in its place, and remove what is to go. OSError: everything is as it was before."""
+    swapped: list[FileChange] = []
+    try:
         if stop.signal:
             raise Stopped
-        swap(stage, path, wanted, options.as_confd)
+        for change in changes:
+            if change.wanted:
+                swap(change.stage, change.path, change.wanted, lenient)
+                change.stage = ""
+            else:
+                remove_file(change.path)
+            swapped.append(change)
     except BaseException:
-        try:
-            os.unlink(stage)
-        except FileNotFoundError:
-            pass  # a command took it away
+        discard(changes)
+        for change in swapped:
+            try:
+                put_back(change.path, change.present)
+            except (Error, OSError) as error:
+                log.error(f"cannot put the old {change.dest} back: {reason(error)}")
         raise
-    log.info(f"Target config {dest} has been updated")
-    if reload:
-        due = reloads.setdefault(reload, Reload(dest, resource.reload_timeout, resource.secret, resource.reload_cmd))
-        due.again, due.due = bool(due.command), 0.0
-    return "updated"
+    for change in changes:
+        log.info(f"Target config {change.dest} has been {'updated' if change.wanted else 'removed'}")
+
+
+def note_reloads(changes: Iterable[FileChange], reloads: dict[str, Reload]) -> None:
+    """Have the reload_cmds of changed files run."""
+    for change in changes:
+        if change.reload:
+            resource = change.resource
+            due = reloads.setdefault(change.reload, Reload(change.dest, resource.reload_timeout, resource.secret,
+                                                           resource.reload_cmd))
+            due.again, due.due = bool(due.command), 0.0
+
+
+def ways_to_reload(changes: Iterable[FileChange]) -> list[str]:
+    """How the service of these files is to be told: "restart" alone, or "signal N" and "command TEXT", each once."""
+    ways: dict[str, None] = {}
+    for change in changes:
+        way = change.resource.reload
+        if way != "none":
+            ways[f"command {change.reload}" if way == "command" else way] = None
+    return ["restart"] if "restart" in ways else list(ways)
+
+
+def run_to_end(steps: Generator[Command, None, Any]) -> Any:
+    """Take all steps, each command to its end; what they return."""
+    while True:
+        try:
+            command = next(steps)
+        except StopIteration as end:
+            return end.value
+        command.start()
+        finish_command(command)
 
 
 def run_reloads(reloads: dict[str, Reload]) -> int:
@@ -8769,6 +9000,79 @@ def log_findings(findings: Iterable[Finding]) -> None:
         log(finding.level, words + (f"{finding.place}: " if finding.path else "") + finding.message)
 
 
+def together(resources: Sequence[Resource], after: Mapping[str, Sequence[str]]) -> list[list[Resource]]:
+    """What is changed together, in order: resources without a service each alone, then those of each service.
+
+    after: the services that a service comes after.
+    """
+    services: dict[str, list[Resource]] = {}
+    for resource in resources:
+        if resource.service:
+            services.setdefault(resource.service, []).append(resource)
+
+    def depth(name: str, below: tuple[str, ...] = ()) -> int:
+        above = [] if name in below else [depth(other, (*below, name)) for other in after.get(name, ())]
+        return 1 + max(above, default=0)
+
+    return [[resource] for resource in resources if not resource.service] + sorted(
+        services.values(), key=lambda unit: depth(unit[0].service))
+
+
+def service_tables(directory: str) -> dict[str, dict[str, Any]]:
+    """What the service.toml files say, by the names of services, as far as they can be read."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in sorted(os.listdir(directory)) if directory and os.path.isdir(directory) else ():
+        try:
+            tables[name] = tomllib.loads((read_small(f"{directory}/{name}/service.toml", 1 << 20) or b"").decode())
+        except (OSError, ValueError, RecursionError):
+            pass  # who supervises it complains
+    return tables
+
+
+def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
+                reloads: dict[str, Reload]) -> dict[str, int]:
+    """Bring the destinations of resources that are changed together up to date; how many had which outcome.
+
+    Reloads that this calls for are added to reloads, but a service that runs is told at once. A failure is told, and
+    then all destinations are as before.
+    """
+    changes: list[FileChange] = []
+    counts: dict[str, int] = {}
+    for resource in unit:
+        try:
+            page = Page(resource, tree.under(resource.prefix, resource.keys), options.templates, options.as_confd)
+            changed = run_to_end(stage_steps(resource, page.texts(), options))
+        except Skipped as skipped:
+            log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
+            outcome = "skipped"
+        except Exception as error:
+            why = reason(error) if isinstance(error, (Error, OSError)) else bug(error)
+            log.error(f"cannot render {resource.dest}: {why} ({resource.name})")
+            outcome = "failed"
+        except Stopped:
+            discard(changes)
+            raise
+        else:
+            changes += changed
+            outcome = "in sync" if not changed else "out of sync" if options.dry_run else "updated"
+        counts[outcome] = counts.get(outcome, 0) + 1
+    if options.dry_run or not changes:
+        return counts
+    service = unit[0].service
+    try:
+        if "failed" in counts:
+            discard(changes)
+            raise Error(f"the files of {service} are changed together or not at all")
+        swap_all(changes, options.as_confd)
+        if options.door and service:
+            options.door(service).reload(ways_to_reload(changes))
+        note_reloads([change for change in changes if not service or change.resource.reload == "command"], reloads)
+    except (Error, OSError) as error:
+        log.error(f"cannot render {', '.join(change.dest for change in changes)}: {reason(error)}")
+        counts["failed"] = counts.get("failed", 0) + counts.pop("updated", 0)
+    return counts
+
+
 def render_once(source: Any, options: RenderOptions) -> int:
     """Render every resource once from one read of source; returns the exit code, after a line for each failure.
 
@@ -8794,18 +9098,15 @@ def render_once(source: Any, options: RenderOptions) -> int:
         log.error(str(error) if isinstance(error, Error) else bug(error))
         code, due = getattr(error, "exit_code", EXIT_FAILED), []
         count["failed"] += len(resources)
-    for resource in due:
+    after = {name: table.get("after", ()) for name, table in service_tables(options.services).items()}
+    for unit in together(due, after):
         if stop.signal:
             break
         try:
-            outcome = render_resource(resource, tree, options, reloads)
-        except Exception as error:
-            outcome = "failed"
-            why = reason(error) if isinstance(error, (Error, OSError)) else bug(error)
-            log.error(f"cannot render {resource.dest}: {why} ({resource.name})")
+            for outcome, number in render_unit(unit, tree, options, reloads).items():
+                count[outcome] += number
         except Stopped:
             break
-        count[outcome] += 1
     failed_reloads = run_reloads(reloads)
     if stop.signal:
         raise Stopped
@@ -8815,6 +9116,535 @@ def render_once(source: Any, options: RenderOptions) -> int:
     failed = bool(count["failed"] or failed_reloads)
     log("error" if failed else "info", f"{total} template resources: {', '.join(parts) or 'nothing to do'}")
     return code or (EXIT_FAILED if failed else EXIT_OK)
+
+
+# ---- trying again -------------------------------------------------------------------------------------
+
+RETRY_FIRST, RETRY_LIMIT = 1.0, 60.0  # seconds: the first pause and the longest, after a failed render or reload
+
+
+def backoff(attempts: int, first: float, limit: float) -> float:
+    """Seconds to pause after so many failures (from 1 on) in a row: doubled each time, and half of it by chance."""
+    return min(limit, first * (1 << min(attempts - 1, 20))) * (0.5 + os.urandom(1)[0] / 512)
+
+
+# ---- services that are bound to their files -----------------------------------------------------------
+#
+# RUN/.confd/NAME/ keeps what must outlive the renderer; whatever is written there is there whole or not at all:
+#   state     JSON of Bond.SAVED          history   a JSON line for each change
+#   undo/N/   what generation N replaced: plan (JSON, a row for each file) and the old contents 0, 1, ...
+#   released  the service may be started: PID 1 looks for it
+#   hold, rollback, release               what somebody asks for by these verbs
+#
+# A change is journalled: undo/N, then phase "swap", the swaps, phase "reload", the reload, phase "verify", phase "".
+# Whoever finds "swap" puts the old files back; the other phases go on where they are.
+
+STATE_DIRECTORY = ".confd"  # below RUN; s6-svscan passes over names with a dot
+UNDO_LIMIT = 8  # generations of files that can be taken back
+HISTORY_LIMIT = 100  # changes that are remembered
+ASK_AGAIN = 0.25  # seconds between two tries of verify_cmd
+LOOK_AGAIN = 0.1  # seconds between two looks at a service whose events cannot be had
+TOLD_LINES = 40  # lines of a diff, and of a service's output, that are logged when a change is taken back
+
+
+BROKEN_OFF = "the change was broken off"
+
+
+def _ways(*lists: list[str]) -> list[str]:
+    ways = [way for each in lists for way in each]
+    return ["restart"] if "restart" in ways else list(dict.fromkeys(ways))
+
+
+class Generation:
+    """One set of files that was swapped in.
+
+    number: of undo/N; revision: of its keys; before: the one it replaced, -1 for the first; digest: of its texts; ways:
+    see ways_to_reload; files; began: when its first change came (seconds since the epoch); proved: the service bore it.
+    """
+
+    SAVED = ("number", "revision", "before", "digest", "ways", "files", "began", "proved")
+    __slots__ = (*SAVED, "until")
+
+    def __init__(self, number: int, revision: int, before: int, digest: str, ways: list[str], files: list[str],
+                 began: float, proved: bool = False) -> None:
+        self.number, self.revision, self.before, self.digest = number, revision, before, digest
+        self.ways, self.files, self.began, self.proved = ways, files, began, proved
+        self.until = 0.0  # point on now() at which it is proved
+
+
+class Bond:
+    """A service and the files that it is bound to: what it runs on, and the change that is being made.
+
+    door: to the service, by s6's protocol alone: look(), listen(), deaths(), descriptors(), command(), signal(),
+    lines(), scan(), hush(). Nothing in here waits: whoever drives it polls descriptors() until wake_at and calls
+    advance().
+    """
+
+    SAVED = ("revision", "wanted", "why", "bad", "phase", "ways", "undone", "count")
+
+    def __init__(self, name: str, run: str, door: Any) -> None:
+        """Take up what an earlier renderer has left. OSError."""
+        self.name, self.directory, self.door = name, f"{run}/{STATE_DIRECTORY}/{name}", door
+        self.revision = self.wanted = -1  # what it runs on, and what it should
+        self.why = ""  # why these differ
+        self.bad = ""  # digest of the texts that it did not bear
+        self.phase, self.ways = "", list[str]()  # what is to be done, and how to tell the service
+        self.undone = False  # the files are old ones that came back
+        self.count = 0  # the last number of a generation
+        self.generations: list[Generation] = []
+        self.verify, self.timeout, self.questions, self.secret = 0.0, 60.0, list[str](), False
+        self.command: Command | None = None
+        self.due, self.attempts, self.told = 0.0, 0, ""
+        self.awaiting = False  # whether it has to come up
+        self.pid, self.deaths_left = 0, 0  # of the process that counts, or must not be the one; deaths that may happen
+        self.until = self.patience = self.ask_at = 0.0
+        self.open_questions: list[str] = []
+        self.answer = ""
+        os.makedirs(f"{self.directory}/undo", 0o700, exist_ok=True)
+        self._load()
+
+    def bind(self, resources: Iterable[Resource]) -> None:
+        """Take over what its resources say of reload and verification."""
+        known = list(resources)
+        self.secret = any(resource.secret for resource in known)
+        self.verify = max((resource.verify for resource in known), default=0.0)
+        self.timeout = max((resource.reload_timeout for resource in known), default=60.0)
+        self.questions = list(dict.fromkeys(text for resource in known
+                                            if (text := resource.command("verify_cmd", resource.dest, resource.dest))))
+
+    # -- what it knows
+
+    @property
+    def open(self) -> bool:
+        """Whether files can be swapped now: no reload runs, none has to be awaited, nothing is being taken back."""
+        return self.phase in ("", "verify", "reload") and not self.awaiting and not (
+            self.command and self.phase == "reload")
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody wants the files to stay as they are."""
+        return os.path.exists(f"{self.directory}/hold")
+
+    @property
+    def released(self) -> bool:
+        """Whether the service may be started."""
+        return os.path.exists(f"{self.directory}/released")
+
+    def asked(self, verb: str) -> bool:
+        """Whether a verb has asked for something since the last call."""
+        try:
+            os.unlink(f"{self.directory}/{verb}")
+        except OSError:
+            return False
+        return True
+
+    def descriptors(self) -> list[int]:
+        """What to poll for reading."""
+        return [*(self.door.descriptors() if self.phase == "verify" else ()),
+                *(self.command.descriptors() if self.command else ())]
+
+    @property
+    def wake_at(self) -> float:
+        """When to call advance() even if no descriptor has anything."""
+        if not self.phase:
+            return float("inf")
+        if self.command:
+            return self.command.wake_at
+        if self.phase != "verify":
+            return self.due
+        times = [self.patience if self.awaiting else self.until]
+        times += [generation.until for generation in self.generations if not generation.proved and generation.until]
+        if self.open_questions and not self.awaiting:
+            times.append(self.ask_at)
+        if not self.door.descriptors():
+            times.append(now() + LOOK_AGAIN)
+        return min(times)
+
+    # -- what a render brings
+
+    def refuse(self, revision: int, why: str) -> None:
+        """The files of this revision cannot be made, or are not wanted: the old ones stay."""
+        if why != self.why:
+            self._record("refused", why, revision)
+        if (revision, why) != (self.wanted, self.why):
+            self.wanted, self.why = revision, why
+            self._save()
+
+    def settle(self, revision: int) -> None:
+        """The files are as this revision wants them."""
+        released = self.released
+        if (self.revision, self.wanted, self.why, self.bad, released) != (revision, revision, "", "", True):
+            self.revision, self.wanted, self.why, self.bad = revision, revision, "", ""
+            if not released and not self.phase:
+                self.phase = "reload"
+            self._save()
+
+    def take(self, changes: Sequence[FileChange], revision: int, digest: str, began: float, lenient: bool) -> None:
+        """Swap staged files in. Error, OSError: all is as before, and nothing staged is left."""
+        self.rest()
+        before = self.phase
+        self.count += 1
+        generation = Generation(self.count, revision, self.revision, digest, ways_to_reload(changes),
+                                [change.dest for change in changes], began)
+        try:
+            self._write_plan(self.count, [(change.path, change.dest, change.resource.secret, change.present)
+                                          for change in changes])
+            self.generations.append(generation)
+            self.phase = "swap"
+            self._save(must=True)
+            swap_all(changes, lenient)
+        except BaseException:
+            discard(changes)
+            self.generations = [other for other in self.generations if other is not generation]
+            self.phase = before
+            self._save()
+            self._forget(generation.number)
+            raise
+        gone = self._join() if not self.generations[0].proved and len(self.generations) > UNDO_LIMIT else []
+        gone += [old.number for old in self.generations[:-UNDO_LIMIT]]
+        del self.generations[:-UNDO_LIMIT]
+        self.ways = _ways(self.ways, generation.ways)
+        self.revision, self.wanted, self.why, self.bad = revision, revision, "", ""
+        self._begin("reload")
+        for number in gone:
+            self._forget(number)
+
+    def take_back(self, why: str) -> str:
+        """Somebody wants the files back that were there before; why not, "" if they come."""
+        if not self.open:
+            return "a change is being made"
+        if not self.generations or self.generations[-1].before < 0:
+            return "there are no files to go back to"
+        self.rest()
+        self.why = why
+        self._begin("undo")
+        return ""
+
+    def rest(self) -> None:
+        """Leave everything as it is: no command runs, nobody is listened to."""
+        if self.command:
+            self.command.deadline = now()
+            finish_command(self.command)
+            self.command = None
+        self.door.hush()
+
+    # -- the phases
+
+    def advance(self) -> None:
+        """Do what can be done now."""
+        phases = {"undo": self._undo, "reload": self._reload, "verify": self._verify}
+        while self.phase and phases[self.phase]():
+            pass
+
+    def _begin(self, phase: str) -> bool:
+        self.phase, self.due, self.attempts, self.told = phase, 0.0, 0, ""
+        self.patience = now() + self.timeout
+        self.awaiting, self.open_questions = False, []
+        self._save()
+        return True
+
+    def _put_off(self, what: str) -> bool:
+        """It cannot be done now: tell it once, and try again later."""
+        self.attempts += 1
+        self.due = now() + backoff(self.attempts, RETRY_FIRST, RETRY_LIMIT)
+        log("debug" if what == self.told else "error", what)
+        self.told = what
+        return False
+
+    def _reload(self) -> bool:
+        """Tell the service of its new files: it has to be there, and to have started."""
+        if self.command:
+            if not self.command.advance():
+                return False
+            command, self.command = self.command, None
+            if not command.failure or not self.told:
+                log_output(command, f"reload_cmd of {self.name}", self.secret)
+            if command.failure:
+                return self._put_off(f"cannot reload {self.name}: {command.failure}: {command.text}")
+            self.ways = self.ways[1:]
+        if self.due > now():
+            return False
+        try:
+            self.door.listen()
+            seen = self.door.look()
+            self.door.deaths()
+            if not self.released:
+                replace_file(f"{self.directory}/released", b"", 0o600)
+                log.info(f"{self.name} has its files and may start")
+                self.door.scan()
+                if not seen.up:
+                    return self._done()
+            if not seen.up and not seen.wanted and not seen.gave_up or seen.waits:
+                return self._done()  # it starts with these files when it is time
+            if not seen.up or "restart" in self.ways:
+                self.pid = seen.pid if seen.up else 0
+                self.door.command("r" if seen.up else "u")
+                return self._await_up(int(seen.up))
+        except (Error, OSError) as error:
+            return self._put_off(f"cannot reload {self.name}: {reason(error)}")
+        self.pid, self.deaths_left = seen.pid, 0
+        if self.ways and not seen.settled and now() < self.patience:
+            self.due = now() + LOOK_AGAIN  # a signal would kill what has not set up its handlers yet
+            return False
+        if self.ways and self.ways[0].startswith("command "):
+            self.command = Command(self.ways[0].removeprefix("command "), self.timeout)
+            self.command.start()
+            return False
+        if self.ways:
+            try:
+                self.door.signal(int(self.ways[0].removeprefix("signal ")))
+            except Error as error:
+                return self._put_off(f"cannot reload {self.name}: {error}")
+            self.ways = self.ways[1:]
+            return True
+        self._begin("verify")
+        self._count_from_now()
+        return True
+
+    def _await_up(self, deaths: int) -> bool:
+        self.ways = []
+        self._begin("verify")
+        self.awaiting, self.deaths_left = True, deaths
+        return True
+
+    def _count_from_now(self) -> None:
+        """The service is up: from now on it has to stay so."""
+        self.awaiting, self.until, self.ask_at = False, now() + self.verify, now()
+        self.open_questions, self.answer = list(self.questions), ""
+        for generation in self.generations:
+            generation.until = generation.until or self.until
+
+    def _verify(self) -> bool:
+        """See whether the service comes up again and stays so."""
+        self.deaths_left -= self.door.deaths()
+        try:
+            seen = self.door.look()
+        except Error as error:
+            return self._failed(str(error))
+        if not seen.up and (seen.waits or not seen.wanted and not seen.gave_up):
+            return self._done()  # somebody has stopped it
+        if self.deaths_left < 0 or seen.gave_up:
+            return self._failed(f"it ended: {seen.ended}")
+        if self.awaiting:
+            if seen.up and seen.pid != self.pid and seen.ready:
+                self.pid = seen.pid
+                self._count_from_now()
+            elif now() >= self.patience:
+                return self._failed(f"it was not {'ready' if seen.up else 'up'} within {self.timeout:g}s")
+            elif seen.startable and seen.pid != self.pid:
+                self.door.command("u")  # a restart that we asked for needs no pause
+            return not self.awaiting
+        if not seen.up or seen.pid != self.pid:
+            return self._failed(f"it ended: {seen.ended}")
+        if self.open_questions and not self._answered():
+            if now() < self.until:
+                return False
+            return self._failed(f"verify_cmd: {self.answer or 'it did not end in time'}: {self.open_questions[0]}")
+        aged = [generation for generation in self.generations if not generation.proved and generation.until <= now()]
+        for generation in aged:
+            self._prove(generation)
+        if self.until <= now():
+            return self._done()
+        if aged:
+            self._save()
+        return False
+
+    def _answered(self) -> bool:
+        """Whether verify_cmd has succeeded; asks if it is time to."""
+        while self.open_questions:
+            if not self.command:
+                if now() < self.ask_at or now() >= self.until:
+                    return False
+                self.command = Command(self.open_questions[0], self.until - now())
+                self.command.start()
+            if not self.command.advance():
+                return False
+            command, self.command = self.command, None
+            self.ask_at, self.answer = now() + ASK_AGAIN, command.failure
+            if not command.failure:
+                del self.open_questions[0]
+        return True
+
+    def _prove(self, generation: Generation) -> None:
+        generation.proved = True
+        self._record("live", "", generation.revision, generation)
+
+    def _done(self) -> bool:
+        """The service bears its files, or is not there to tell."""
+        for generation in self.generations:
+            if not generation.proved:
+                self._prove(generation)
+        if self.undone:
+            log.info(f"{self.name} is on the files of revision {self.revision} again")
+        self.undone, self.ways = False, []
+        self.door.hush()
+        return not self._begin("")
+
+    def _failed(self, why: str) -> bool:
+        """The service does not bear its files."""
+        self.rest()
+        last = self.generations[-1] if self.generations else None
+        if last and last.before >= 0 and not last.proved:
+            self.why = why
+            return self._begin("undo")
+        what = "fails on its old files too" if self.undone else "fails"
+        log.error(f"{self.name} {what}: {why}; there are no older files to go back to")
+        self._tell_output()
+        self._record("failed", why, self.revision, last)
+        if last:
+            last.proved = True  # it is the best there is
+        return self._done()
+
+    def _undo(self) -> bool:
+        """Bring back what the last generation replaced: all of it, or nothing yet."""
+        if self.due > now():
+            return False
+        generation = self.generations[-1]
+        try:
+            olds = self._plan(generation.number)
+            lines = [line for _, dest, secret, old in olds for line in self._diff(dest, old, secret)]
+            self._put_back(olds)
+        except (FileNotFoundError, ValueError) as error:
+            log.error(f"the files that {self.name} had before are lost: {reason(error)}")
+            lines = []
+        except (Error, OSError) as error:
+            return self._put_off(f"cannot take the files of {self.name} back: {reason(error)}")
+        self.generations.pop()
+        self.revision, self.undone = generation.before, True
+        self.ways = _ways(self.ways, generation.ways)
+        if self.why == BROKEN_OFF:
+            log.warning(f"a change of {self.name} to revision {generation.revision} was broken off; its old files are "
+                        "back")
+        else:
+            self.bad = generation.digest
+            self._tell_undone(generation, lines)
+        for each in self.generations:
+            each.until = 0.0
+        self._begin("reload")
+        self._forget(generation.number)
+        return True
+
+    def _tell_undone(self, generation: Generation, lines: list[str]) -> None:
+        log.error(f"took back the change of {self.name} to revision {generation.revision}, its files are those of "
+                  f"revision {self.revision} again: {self.why}")
+        for line in lines[:TOLD_LINES] + ["..."] * (len(lines) > TOLD_LINES):
+            log.error(f"{self.name}: {line}")
+        self._tell_output()
+        self._record("taken back", self.why, generation.revision, generation)
+
+    def _tell_output(self) -> None:
+        for line in self.door.lines()[-TOLD_LINES:]:
+            log.error(f"{self.name} said: {line}")
+
+    # -- what is on disk
+
+    def _load(self) -> None:
+        try:
+            state = json.loads(read_small(f"{self.directory}/state", 1 << 20) or b"{}")
+            self.generations = [Generation(**row) for row in state.pop("generations", ())]
+            for name in self.SAVED:
+                setattr(self, name, state.get(name, getattr(self, name)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.error(f"cannot read the state of {self.name} in {self.directory}: {reason(error)}; it begins anew")
+        known = {str(generation.number) for generation in self.generations}
+        for name in set(os.listdir(f"{self.directory}/undo")) - known:
+            self._forget(name)
+        if self.phase == "swap":
+            self.wanted, self.why = self.generations[-1].revision, BROKEN_OFF
+            self._begin("undo")
+        elif self.phase == "verify":
+            self._begin("verify")
+            self.awaiting, self.deaths_left = True, 1
+
+    def _save(self, must: bool = False) -> None:
+        state = {name: getattr(self, name) for name in self.SAVED}
+        state["generations"] = [{name: getattr(each, name) for name in Generation.SAVED} for each in self.generations]
+        try:
+            replace_file(f"{self.directory}/state", json.dumps(state).encode(), 0o600)
+        except OSError as error:
+            if must:
+                raise
+            log.error(f"cannot write {self.directory}/state: {reason(error)}")  # after a crash more is done anew
+
+    def _record(self, result: str, why: str, revision: int, generation: Generation | None = None) -> None:
+        """Add a line to the history."""
+        row = {"time": time.time(), "revision": revision, "files": generation.files if generation else [],
+               "result": result, "why": mask(why),
+               "seconds": round(max(0.0, time.time() - generation.began), 3) if generation else None}
+        path = f"{self.directory}/history"
+        try:
+            lines = (read_small(path, 1 << 22) or b"").splitlines(keepends=True)[1 - HISTORY_LIMIT:]
+            replace_file(path, b"".join(lines) + json.dumps(row).encode() + b"\n", 0o600)
+        except OSError as error:
+            log.error(f"cannot write {path}: {reason(error)}")
+
+    def _write_plan(self, number: int, olds: Iterable[tuple[str, str, bool, Present]]) -> None:
+        """Write what a generation replaces: path, destination for people, whether it is secret, what it was."""
+        place = f"{self.directory}/undo/{number}"
+        os.makedirs(f"{place}.new", 0o700, exist_ok=True)
+        plan = []
+        for index, (path, dest, secret, old) in enumerate(olds):
+            if old.data is not None:
+                replace_file(f"{place}.new/{index}", old.data, 0o600)
+            plan.append([path, dest, secret, old.mode, old.uid, old.gid])
+        replace_file(f"{place}.new/plan", json.dumps(plan).encode("ascii"), 0o600)
+        os.rename(f"{place}.new", place)
+
+    def _plan(self, number: int) -> list[tuple[str, str, bool, Present]]:
+        """What _write_plan has written. OSError, ValueError."""
+        place = f"{self.directory}/undo/{number}"
+        with open(f"{place}/plan", "rb") as file:
+            rows = json.loads(file.read())
+        found = []
+        for index, (path, dest, secret, mode, uid, gid) in enumerate(rows):
+            old = Present.of(None, mode, uid, gid)
+            if mode >= 0:
+                with open(f"{place}/{index}", "rb") as file:
+                    old.data = file.read()
+            found.append((path, dest, secret, old))
+        return found
+
+    def _put_back(self, olds: Sequence[tuple[str, str, bool, Present]]) -> None:
+        """Make files what they were: stage all, then swap all. OSError, Error: nothing has changed, or half of it."""
+        staged: list[tuple[str, str, Wanted]] = []
+        try:
+            for path, _, _, old in olds:
+                if old.data is not None:
+                    wanted = Wanted(old.data, old.mode, old.uid, old.gid)
+                    staged.append((write_stage(path, wanted, True), path, wanted))
+            for path, _, _, old in olds:
+                if old.data is None:
+                    remove_file(path)
+            while staged:
+                stage, path, wanted = staged[0]
+                swap(stage, path, wanted, True)
+                del staged[0]
+        finally:
+            for stage, _, _ in staged:
+                remove_file(stage)
+
+    def _diff(self, dest: str, old: Present, secret: bool) -> list[str]:
+        """What is to be taken back, line by line."""
+        data = Present(follow(dest)).data
+        return diff_lines(old.data, data or b"", dest, secret) if data != old.data else []
+
+    def _join(self) -> list[int]:
+        """Make one generation of the last two, which are then taken back together; what is to be forgotten for it."""
+        older, newer = self.generations[-2:]
+        rows = {row[0]: row for number in (newer.number, older.number) for row in self._plan(number)}
+        gone = [newer.number, older.number]
+        self.count += 1
+        self._write_plan(self.count, rows.values())
+        newer.number, newer.before, newer.ways = self.count, older.before, _ways(older.ways, newer.ways)
+        newer.files = sorted({*newer.files, *older.files})
+        self.generations.remove(older)
+        return gone
+
+    def _forget(self, number: int | str) -> None:
+        """Remove what a generation replaced."""
+        for place in (f"{self.directory}/undo/{number}", f"{self.directory}/undo/{number}.new"):
+            if os.path.isdir(place):
+                remove_tree(place)
 
 
 def _reap_orphans() -> None:
@@ -8831,7 +9661,6 @@ def _reap_orphans() -> None:
 # One poll loop over the watch, its probe, and the commands that run. Nothing in it waits but connecting and whole
 # reads, which have short deadlines, and a render, which asks nobody for anything.
 
-RETRY_FIRST, RETRY_LIMIT = 1.0, 60.0  # seconds: the first pause and the longest, after a failed render or reload
 READ_FIRST, READ_LIMIT = 0.5, 10.0  # the same between whole reads while etcd does not answer
 OUTAGE_SILENCE = 3.0  # seconds that etcd may be away before a log line tells it
 OUTAGE_REMINDER = 60.0  # seconds between two log lines about one outage
@@ -8842,35 +9671,62 @@ MISSED_PATIENCE = 5.0  # seconds that a living watch has to tell of what a perio
 MOST_CHECKS = 4  # check commands that run at a time
 
 
-def backoff(attempts: int, first: float, limit: float) -> float:
-    """Seconds to pause after so many failures (from 1 on) in a row: doubled each time, and half of it by chance."""
-    return min(limit, first * (1 << min(attempts - 1, 20))) * (0.5 + os.urandom(1)[0] / 512)
+def lock_state(run: str) -> int:
+    """Take the state of services below RUN for this renderer; the descriptor of the lock, which holds our pid.
+
+    Error: it is another's. OSError.
+    """
+    os.makedirs(f"{run}/{STATE_DIRECTORY}", 0o700, exist_ok=True)
+    fd = os.open(f"{run}/{STATE_DIRECTORY}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.read(fd, 32).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise Error(f"another renderer looks after the services in {run}: process {other}") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
 
 
-class Due(Page):
-    """A resource in the loop. since, due: when the first change not rendered yet came, and when to render (0: no)."""
+class Unit:
+    """What is changed together: one resource, or those of a service, which is then bound to them (bond).
 
-    __slots__ = ("since", "due", "steps", "command", "told", "attempts", "done")
+    since, due: when the first change not rendered yet came, and when to render (0: no); began: the same as since, for
+    the render that is made now, on the wall clock.
+    """
 
-    def __init__(self, resource: Resource, view: KeyTree, options: RenderOptions) -> None:
-        super().__init__(resource, view, options.templates, options.as_confd, Asked())
-        self.since = self.due = 0.0
-        self.steps: Iterator[Command] | None = None  # of a render that waits for its check command
+    __slots__ = ("pages", "bond", "since", "due", "began", "steps", "command", "told", "attempts", "done")
+
+    def __init__(self, pages: list[Page], bond: Bond | None = None) -> None:
+        self.pages, self.bond = pages, bond
+        self.since = self.due = self.began = 0.0
+        self.steps: Generator[Command, None, None] | None = None  # of a render that waits for a check
         self.command: Command | None = None
         self.told, self.attempts = "", 0  # the last failure that was logged, failures in a row
         self.done = False  # it was rendered at least once
 
-    def touch(self, quiet: float) -> None:
-        """It is to be rendered once no more change has come for its debounce time, at least quiet seconds."""
-        least, most = self.resource.debounce
+    @property
+    def resources(self) -> list[Resource]:
+        """The resources of its pages."""
+        return [page.resource for page in self.pages]
+
+    @property
+    def name(self) -> str:
+        """What it is called when conf.d is read again."""
+        return self.resources[0].service and f"service {self.resources[0].service}" or self.resources[0].name
+
+    @property
+    def commands(self) -> set[str]:
+        """Units that share one are checked and swapped one after another."""
+        return {resource.reload_cmd or resource.check_cmd for resource in self.resources} - {""}
+
+    def touch(self, quiet: float, resource: Resource | None = None) -> None:
+        """It is to be rendered once no more change has come for the debounce time, at least quiet seconds."""
+        least, most = resource.debounce if resource else (0.0, 0.0)
         moment = now()
         self.since = self.since or moment
         self.due = min(moment + max(least, quiet), self.since + max(most, quiet))
-
-    @property
-    def group(self) -> str:
-        """Resources that share commands are checked and swapped one after another."""
-        return self.resource.reload_cmd or self.resource.check_cmd
 
 
 class Renderer:
@@ -8884,10 +9740,13 @@ class Renderer:
         self.max_outage, self.ready = max_outage, ready
         self.mirror = Mirror()
         self.watch: Any = None
-        self.pages: list[Due] = []
+        self.units: list[Unit] = []
+        self.bonds: dict[str, Bond] = {}
         self.views: dict[tuple[str, tuple[str, ...]], KeyTree] = {}
         self.reloads: dict[str, Reload] = {}
         self.reread = False  # SIGHUP has come
+        self.asked = False  # SIGUSR1 has come: a verb has left a request
+        self._lock = -1  # of the state of services
         self._sound = True  # conf.d could be read whole
         self._stamps: list[tuple[str, Any]] = []  # of conf.d's files
         self._files_at = self._pass_at = self._read_at = 0.0
@@ -8899,6 +9758,7 @@ class Renderer:
         """The loop."""
         wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGHUP, self._on_hangup)
+        signal.signal(signal.SIGUSR1, self._on_request)
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         try:
             self._load(resources_of(self.options))
@@ -8922,23 +9782,31 @@ class Renderer:
     def _on_hangup(self, number: int, frame: object) -> None:
         self.reread = True
 
+    def _on_request(self, number: int, frame: object) -> None:
+        self.asked = True
+
     def _step(self) -> None:
         """Everything that is due now."""
         if stop.signal:
             raise Stopped
+        if self.asked or self.reread or now() >= self._files_at:
+            self._look_at_requests()
         if self.reread or now() >= self._files_at:
             self._look_at_files()
         self._follow()
         self._advance_commands()
-        for page in self.pages:
-            if page.due and page.due <= now() and not page.steps and self.watch and self._may_start(page):
-                self._start(page)
+        for unit in self.units:
+            if unit.due and unit.due <= now() and not unit.steps and self.watch and self._may_start(unit):
+                self._start(unit)
+        for bond in self.bonds.values():
+            bond.advance()
         for text, reload in list(self.reloads.items()):
-            busy = any(page.steps or page.since for page in self.pages if page.resource.reload_cmd == reload.template)
+            busy = any(unit.steps or unit.since for unit in self.units for resource in unit.resources
+                       if not unit.bond and resource.reload_cmd == reload.template)
             if not reload.command and reload.due <= now() and not (busy and reload.due == 0.0):
                 reload.command, reload.again = Command(text, reload.timeout), False
                 reload.command.start()
-        if self.ready and self._sound and self.watch and all(page.done for page in self.pages):
+        if self.ready and self._sound and self.watch and all(unit.done for unit in self.units):
             log.info("every template resource is rendered")
             self.ready()
             self.ready = None
@@ -8947,11 +9815,13 @@ class Renderer:
         found: list[int] = self.watch.descriptors() if self.watch else []
         for command in self._running():
             found += command.descriptors()
+        for bond in self.bonds.values():
+            found += bond.descriptors()
         return found
 
     def _running(self) -> list[Command]:
-        """The commands that run: checks and reloads."""
-        commands = [page.command for page in self.pages] + [reload.command for reload in self.reloads.values()]
+        """The commands that run: checks and reloads; not those of services."""
+        commands = [unit.command for unit in self.units] + [reload.command for reload in self.reloads.values()]
         return [command for command in commands if command]
 
     def _deadline(self) -> float:
@@ -8963,9 +9833,10 @@ class Renderer:
             times.append(self._told_at)
             if self.max_outage:
                 times.append(self._away_since + self.max_outage)
-        for page in self.pages:
-            if page.due and not page.steps and self.watch and self._may_start(page):
-                times.append(page.due)
+        for unit in self.units:
+            if unit.due and not unit.steps and self.watch and self._may_start(unit):
+                times.append(unit.due)
+        times += [bond.wake_at for bond in self.bonds.values()]
         times += [reload.due for reload in self.reloads.values() if reload.due and not reload.command]
         times += [command.wake_at for command in self._running()]
         return min(times)
@@ -8975,7 +9846,7 @@ class Renderer:
     def _look_at_files(self) -> None:
         """Read conf.d again if it has changed or we were told to, and render what a changed template belongs to."""
         self._files_at = now() + FILES_INTERVAL
-        if not self._running():
+        if not self._running() and not any(bond.command for bond in self.bonds.values()):
             _reap_orphans()
         stamps = conf_stamps(self.options.confdir)
         if self.reread or stamps != self._stamps:
@@ -8986,10 +9857,26 @@ class Renderer:
             except Error as error:
                 log.error(str(error))
             return
-        for page in self.pages:
-            if any(file_stamp(path) != stamp for path, stamp in page.stamps.items()):
-                page.stamps.clear()
-                page.touch(0.0)
+        for unit in self.units:
+            for page in unit.pages:
+                if any(file_stamp(path) != stamp for path, stamp in page.stamps.items()):
+                    page.stamps.clear()
+                    unit.touch(0.0)
+
+    def _look_at_requests(self) -> None:
+        """Do what verbs have asked for: files that are to be held, released, taken back."""
+        self.asked = False
+        for unit in self.units:
+            bond = unit.bond
+            if not bond:
+                continue
+            if bond.asked("release"):
+                bond.bad = ""
+                unit.touch(0.0)
+            if bond.asked("rollback"):
+                why_not = bond.take_back("etcdinit rollback")
+                if why_not:
+                    log.error(f"cannot roll {bond.name} back: {why_not}")
 
     def _load(self, loaded: tuple[list[Resource], list[Finding]]) -> None:
         """Take over the resources of conf.d. What has an error now but had none before goes on as it was."""
@@ -8998,25 +9885,33 @@ class Renderer:
         self._stamps, self._files_at = conf_stamps(self.options.confdir), now() + FILES_INTERVAL
         wrong = {finding.path for finding in findings if finding.level == "error"}
         self._sound = not wrong
-        old = {page.resource.name: page for page in self.pages}
-        kept = [page.resource for page in self.pages if page.resource.path in wrong
-                and page.resource.name not in {resource.name for resource in resources}]
+        done = {unit.name for unit in self.units if unit.done}
+        kept = [resource for unit in self.units for resource in unit.resources if resource.path in wrong
+                and resource.name not in {resource.name for resource in resources}]
         if not resources and not kept and not findings:
             log.warning("Found no templates")
         self._abandon_checks()
-        self.views, self.pages = {}, []
-        for resource in (*resources, *kept):
-            page = Due(resource, self._view(resource), self.options)
-            if resource.name in old:
-                page.done = old[resource.name].done
-            page.touch(0.0)
-            self.pages.append(page)
+        self.views, self.units = {}, []
+        after = {name: table.get("after", ()) for name, table in service_tables(self.options.services).items()}
+        for each in together([*resources, *kept], after):
+            bond = self._bond(each) if each[0].service and self.options.door else None
+            pages = [Page(resource, self._view(resource), self.options.templates, self.options.as_confd, Asked())
+                     for resource in each]
+            unit = Unit(pages, bond)
+            unit.done = unit.name in done
+            unit.touch(0.0)
+            self.units.append(unit)
+            for resource in each:
+                sweep_stages(os.path.dirname(follow(resource.dest, self.options.root)))
+        bound = {unit.bond.name for unit in self.units if unit.bond}
+        for name in [name for name in self.bonds if name not in bound]:
+            self.bonds.pop(name).rest()
         wanted = top_keys(self._keys())
         if self.watch is None or wanted != self.watch.keys:
             self._close_watch()
 
     def _keys(self) -> list[str]:
-        return [key for page in self.pages for key in page.resource.lookups]
+        return [key for unit in self.units for resource in unit.resources for key in resource.lookups]
 
     def _view(self, resource: Resource) -> KeyTree:
         """What a resource sees of the mirror; the same for those that see the same."""
@@ -9024,6 +9919,22 @@ class Renderer:
         if seen not in self.views:
             self.views[seen] = self.mirror.tree.under(*seen)
         return self.views[seen]
+
+    def _bond(self, resources: Sequence[Resource]) -> Bond:
+        """The bond of the service of these resources. Error if its state cannot be kept."""
+        name = resources[0].service
+        run = self.options.run
+        try:
+            if self._lock < 0:
+                self._lock = lock_state(run)
+            if name not in self.bonds:
+                assert self.options.door
+                self.bonds[name] = Bond(name, run, self.options.door(name))
+        except OSError as error:
+            raise Error(f"cannot keep the state of {name} in {run}/{STATE_DIRECTORY}: {reason(error)} "
+                        "(it must be writable: ETCDINIT_RUN names another directory)") from None
+        self.bonds[name].bind(resources)
+        return self.bonds[name]
 
     # -- etcd
 
@@ -9094,8 +10005,8 @@ class Renderer:
         if changed:
             self._compared_at = now()
             self._missed_at = self._compared_at + MISSED_PATIENCE
-        for page in self.pages:
-            page.touch(0.0)
+        for unit in self.units:
+            unit.touch(0.0)
 
     def _next_pass(self) -> None:
         self._pass_at = now() + self.interval * (0.95 + os.urandom(1)[0] / 2560)
@@ -9115,10 +10026,11 @@ class Renderer:
                         view.put(name, values[key])
                     else:
                         view.delete(name)
-            for page in self.pages if seen else ():
-                if page.view is view and page.asked and page.asked.touched(seen):
-                    page.attempts = 0
-                    page.touch(quiet)
+            for unit in self.units if seen else ():
+                for page in unit.pages:
+                    if page.view is view and page.asked and page.asked.touched(seen):
+                        unit.attempts = 0
+                        unit.touch(quiet, page.resource)
 
     def _close_watch(self) -> None:
         if self.watch:
@@ -9149,58 +10061,117 @@ class Renderer:
 
     # -- renders and commands
 
-    def _may_start(self, page: Due) -> bool:
-        running = [other for other in self.pages if other.steps]
-        return len(running) < MOST_CHECKS and not any(page.group and other.group == page.group for other in running)
+    def _may_start(self, unit: Unit) -> bool:
+        """Whether a unit that is due can be rendered now: services come last, and after those that they come after."""
+        running = [other for other in self.units if other.steps]
+        if len(running) >= MOST_CHECKS or any(unit.commands & other.commands for other in running):
+            return False
+        if not unit.bond:
+            return True
+        earlier = self.units[:self.units.index(unit)]
+        if any(other.steps or 0.0 < other.due <= now() or other.bond and not other.bond.open for other in earlier
+               if not other.attempts):
+            return False
+        return unit.bond.open
 
-    def _start(self, page: Due) -> None:
-        """Render a resource, up to its check command if it needs one."""
-        page.since = page.due = 0.0
+    def _start(self, unit: Unit) -> None:
+        """Render, up to the first check command if there is one."""
+        unit.began = time.time() - (now() - unit.since if unit.since else 0.0)
+        unit.since = unit.due = 0.0
+        bond, revision = unit.bond, self.mirror.tree.revision
+        if bond and bond.held:
+            self._told(unit, f"{bond.name} keeps its files (etcdinit release {bond.name} ends that)", "warning")
+            bond.refuse(revision, "held by etcdinit hold")
+            unit.done = True
+            return
+        found: list[tuple[Resource, dict[str, str | None]]] = []
+        why = ""
+        for page in unit.pages:
+            try:
+                found.append((page.resource, page.texts()))
+            except Skipped as skipped:
+                why = f'{page.resource.dest} skipped: {skipped} (on_missing = "skip")'
+                if bond and not os.path.exists(page.resource.dest):
+                    bond.refuse(revision, str(skipped))
+                    unit.done = True
+                    self._told(unit, why, "info")
+                    return
+            except Exception as error:
+                self._failed(unit, page.resource, error)
+                return
+        if not found:
+            self._told(unit, why, "info")
+            unit.done, unit.attempts = True, 0
+            return
+        everything = repr([sorted(texts.items()) for _, texts in found]).encode("utf-8", "surrogateescape")
+        digest = md5.md5(everything).hexdigest()
+        if bond and bond.bad == digest:
+            unit.done = True
+            bond.refuse(revision, bond.why)
+            return
+        unit.steps = self._unit_steps(unit, found, revision, digest)
+        self._go_on(unit)
+
+    def _unit_steps(self, unit: Unit, found: Sequence[tuple[Resource, Mapping[str, str | None]]], revision: int,
+                    digest: str) -> Generator[Command, None, None]:
+        """Stage and check all, then swap all: what it yields is to be started and run to its end."""
+        bond, changes, count = unit.bond, list[FileChange](), unit.bond.count if unit.bond else 0
         try:
-            text = page.text()
-        except Skipped as skipped:
-            self._told(page, f'{page.resource.dest} skipped: {skipped} (on_missing = "skip")', "info")
-            page.done, page.attempts = True, 0
-            return
-        except Exception as error:
-            self._failed(page, error)
-            return
-        page.steps = render_steps(page.resource, text, self.options, self.reloads, quiet=bool(page.told))
-        self._go_on(page)
+            for resource, texts in found:
+                try:
+                    changes += yield from stage_steps(resource, texts, self.options, quiet=bool(unit.told))
+                except Exception as error:
+                    error.add_note(resource.name)
+                    raise
+            if self.options.dry_run or not changes:
+                if bond:
+                    bond.settle(revision)
+            elif not bond:
+                swap_all(changes, self.options.as_confd)
+                note_reloads(changes, self.reloads)
+            elif bond.open and bond.count == count:
+                bond.take(changes, revision, digest, unit.began, self.options.as_confd)
+            else:  # files have come back meanwhile
+                unit.touch(0.0)
+        finally:
+            discard(changes)
 
-    def _go_on(self, page: Due) -> None:
+    def _go_on(self, unit: Unit) -> None:
         """Take the next step of a render: to its end, or until it needs a command."""
-        assert page.steps
+        assert unit.steps
         try:
-            page.command = next(page.steps)
-            page.command.start()
+            unit.command = next(unit.steps)
+            unit.command.start()
             return
         except StopIteration:
-            if page.told:
-                log.info(f"{page.resource.dest} is right again")
-            page.told, page.attempts, page.done = "", 0, True
+            if unit.told:
+                log.info(f"{', '.join(resource.dest for resource in unit.resources)} is right again")
+            unit.told, unit.attempts, unit.done = "", 0, True
         except Exception as error:
-            self._failed(page, error)
-        page.steps = page.command = None
+            names = getattr(error, "__notes__", [])
+            self._failed(unit, next((r for r in unit.resources if r.name in names), unit.resources[0]), error)
+        unit.steps = unit.command = None
 
-    def _failed(self, page: Due, error: Exception) -> None:
+    def _failed(self, unit: Unit, resource: Resource, error: Exception) -> None:
         """Tell a failure, once for each cause, and try again later."""
-        page.attempts += 1
+        unit.attempts += 1
         why = reason(error) if isinstance(error, (Error, OSError)) else bug(error)
-        self._told(page, f"cannot render {page.resource.dest}: {why} ({page.resource.name})", "error")
-        if not page.due:
-            page.since = now()
-            page.due = now() + backoff(page.attempts, RETRY_FIRST, RETRY_LIMIT)
+        self._told(unit, f"cannot render {resource.dest}: {why} ({resource.name})", "error")
+        if unit.bond:
+            unit.bond.refuse(self.mirror.tree.revision, f"{resource.dest}: {why}")
+        if not unit.due:
+            unit.since = now()
+            unit.due = now() + backoff(unit.attempts, RETRY_FIRST, RETRY_LIMIT)
 
-    def _told(self, page: Due, message: str, level: str) -> None:
-        log("debug" if page.told == message else level, message)
-        page.told = message
+    def _told(self, unit: Unit, message: str, level: str) -> None:
+        log("debug" if unit.told == message else level, message)
+        unit.told = message
 
     def _advance_commands(self) -> None:
-        for page in self.pages:
-            if page.command and page.command.advance():
-                page.command = None
-                self._go_on(page)
+        for unit in self.units:
+            if unit.command and unit.command.advance():
+                unit.command = None
+                self._go_on(unit)
         for text, reload in list(self.reloads.items()):
             command = reload.command
             if not command or not command.advance():
@@ -9225,17 +10196,19 @@ class Renderer:
 
     def _abandon_checks(self) -> None:
         """Kill the check commands that run, and take their stage files away."""
-        for page in self.pages:
-            if page.command:
-                page.command.deadline = now()
-                finish_command(page.command)
-            if page.steps:
-                page.steps.close()  # type: ignore[attr-defined]
-            page.steps = page.command = None
+        for unit in self.units:
+            if unit.command:
+                unit.command.deadline = now()
+                finish_command(unit.command)
+            if unit.steps:
+                unit.steps.close()
+            unit.steps = unit.command = None
 
     def _abandon(self) -> None:
         """Leave nothing behind: no stage file, no command. Reloads that run or are due have STOP_GRACE to end."""
         self._abandon_checks()
+        for bond in self.bonds.values():
+            bond.rest()
         for text, reload in self.reloads.items():
             if not reload.command and not reload.attempts:
                 reload.command = Command(text, STOP_GRACE)
@@ -9484,27 +10457,6 @@ EXEC_PATIENCE = 2.0  # seconds that a child may need to execute its program befo
 DEATH_TALLY, DEATH_TALLY_MAX = 100, 4096  # deaths that are remembered: default and limit of max-death-tally
 NAME_MAX, SERVICES_MAX = 251, 1000  # of s6-svscan
 
-SIGNALS = {  # Linux's numbers, so that no module is loaded to know them
-    "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "BUS": 7, "FPE": 8, "KILL": 9, "USR1": 10,
-    "SEGV": 11, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15, "STKFLT": 16, "CHLD": 17, "CONT": 18, "STOP": 19,
-    "TSTP": 20, "TTIN": 21, "TTOU": 22, "URG": 23, "XCPU": 24, "XFSZ": 25, "VTALRM": 26, "PROF": 27, "WINCH": 28,
-    "IO": 29, "PWR": 30, "SYS": 31}
-SIGNAL_NAMES = {number: f"SIG{name}" for name, number in SIGNALS.items()}
-
-
-def signal_number(text: str) -> int:
-    """The signal that a name (TERM, SIGTERM, RTMIN+3), or a number, stands for; ValueError for anything else."""
-    name = text.strip().upper().removeprefix("SIG")
-    if name.isascii() and name.isdigit() and 0 < int(name) <= 64:
-        return int(name)
-    base, _, offset = name.partition("+")
-    if base == "RTMIN" and (offset or "0").isdigit() and int(offset or 0) <= 30:
-        return 34 + int(offset or 0)  # as every C library but musl counts, and as container engines send it
-    if name not in SIGNALS:
-        raise ValueError(f'"{text}" is not a signal')
-    return SIGNALS[name]
-
-
 def ending(wstat: int) -> str:
     """How a process ended, in words: `exit code 3`, `SIGKILL`."""
     if wstat & 0x7F:
@@ -9587,46 +10539,6 @@ def pack_death(wall_ns: int, wstat: int) -> bytes:
 def unpack_deaths(tally: bytes) -> list[tuple[int, int, int]]:
     """The records of a death tally: time (ns since the epoch), exit code, signal; a broken end is left out."""
     return [(unpack_stamp(tally[at:at + 12]), tally[at + 12], tally[at + 13]) for at in range(0, len(tally) - 13, 14)]
-
-
-# ---- small files ---------------------------------------------------------------------------------------
-
-def read_small(path: str, limit: int = 4096) -> bytes | None:
-    """The begin of a file, None if there is none. Never blocks, whatever stands there; OSError otherwise."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        return os.read(fd, limit)
-    except BlockingIOError:  # a FIFO that somebody writes to
-        return b""
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: str, data: bytes) -> None:
-    """Put a whole file in the place of another, so that no reader ever sees half of one. OSError."""
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        if os.write(fd, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    finally:
-        os.close(fd)
-    os.rename(f"{path}.new", path)
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory and all in it; links are removed, not followed. What cannot be removed stays."""
-    try:
-        for entry in list(os.scandir(path)):
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(entry.path)
-            else:
-                os.unlink(entry.path)
-        os.rmdir(path)
-    except OSError as error:
-        log.warning(f"cannot remove {path}: {reason(error)}")
 
 
 # ---- events --------------------------------------------------------------------------------------------
@@ -11664,6 +12576,123 @@ def send_command(directory: str, commands: str) -> None:
         os.close(fd)
 
 
+def send_signal(directory: str, number: int) -> None:
+    """Send a signal to a service: by its control FIFO, or as itself if s6 has no command for it. Error."""
+    known = {**SIGNAL_BYTES, "p": SIGNALS["STOP"], "c": SIGNALS["CONT"]}
+    byte = next((byte for byte, meant in known.items() if meant == number), "")
+    status = read_status(directory)
+    if not status.up:
+        raise Error(f"cannot signal {os.path.basename(directory)}: it is not up")
+    if byte:
+        send_command(directory, byte)
+        return
+    try:
+        os.kill(status.pid, number)
+    except OSError as error:
+        raise Error(f"cannot signal {os.path.basename(directory)}: {reason(error)}") from None
+
+
+SETTLED = 1.0  # seconds up after which a service that cannot tell readiness has set up its signal handlers
+
+
+class ServiceLook:
+    """How a service fares, as another program can see it.
+
+    up and pid; ready: up, and ready if it can tell; settled: ready, or up for SETTLED; wanted: it shall be up; waits:
+    for whom, by our supervisor; gave_up: our supervisor did; startable: down, but nothing hinders a start; ended: how
+    it ended last.
+    """
+
+    __slots__ = ("up", "pid", "ready", "settled", "wanted", "waits", "gave_up", "startable", "ended")
+
+    def __init__(self, directory: str) -> None:
+        """Error if nobody supervises it."""
+        status, notes = read_status(directory), read_notes(directory)
+        tells = os.path.exists(f"{directory}/notification-fd")
+        self.up, self.pid, self.wanted = status.up, status.pid, bool(status.flags & WANTUP)
+        self.ready = status.up and (status.ready or not tells)
+        self.settled = self.ready and (tells or time.time() - status.stamp / 1e9 >= SETTLED)
+        self.waits, self.gave_up = notes.get("waits", ""), "given_up" in notes
+        self.startable = self.wanted and not self.waits and not status.pid and status.ready
+        self.ended = notes.get("ended") or ending(status.wstat)
+
+
+class ServiceDoor:
+    """All that the renderer knows of a service and can ask of it: s6's protocol, so a real s6-supervise will do."""
+
+    __slots__ = ("name", "directory", "_run", "_listener")
+
+    def __init__(self, name: str, run: str) -> None:
+        self.name, self.directory, self._run = name, service_path(name, run), run
+        self._listener: Listener | None = None
+
+    def look(self) -> ServiceLook:
+        """How it fares. Error if nobody supervises it."""
+        return ServiceLook(self.directory)
+
+    def listen(self) -> None:
+        """Hear of its events from now on, if that is allowed."""
+        if not self._listener:
+            try:
+                self._listener = Listener(f"{self.directory}/event")
+            except OSError:
+                pass  # look() has to do
+
+    def hush(self) -> None:
+        """No longer."""
+        if self._listener:
+            self._listener.close()
+            self._listener = None
+
+    def deaths(self) -> int:
+        """How often it died since the last call, while listening."""
+        return self._listener.read().count(b"d") if self._listener else 0
+
+    def descriptors(self) -> list[int]:
+        """What to poll for its events."""
+        return [self._listener.fd] if self._listener else []
+
+    def command(self, commands: str) -> None:
+        """Send command bytes. Error."""
+        send_command(self.directory, commands)
+
+    def signal(self, number: int) -> None:
+        """Send a signal. Error."""
+        send_signal(self.directory, number)
+
+    def lines(self) -> list[str]:
+        """The last lines that it wrote, if our supervisor keeps them."""
+        return last_lines(self.directory)
+
+    def scan(self) -> None:
+        """Have the supervisor look for services that can be started now."""
+        try:
+            scan_command(self._run, "a")
+        except Error as error:
+            log.debug(str(error))
+
+    def reload(self, ways: Sequence[str]) -> None:
+        """Tell it of new files if it is up: "restart", "signal N"; others are not ours. Error."""
+        if ways and is_supervised(self.directory) and read_status(self.directory).up:
+            for way in ways:
+                if way == "restart":
+                    self.command("r")
+                elif way.startswith("signal "):
+                    self.signal(int(way.removeprefix("signal ")))
+
+
+def scan_command(run: str, byte: str) -> None:
+    """Send a command byte to whoever scans a directory of services. Error."""
+    path = f"{run}/.s6-svscan/control"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.write(fd, byte.encode())
+        os.close(fd)
+    except OSError as error:
+        why = "no etcdinit init runs there" if error.errno in (errno.ENXIO, errno.ENOENT) else reason(error)
+        raise Error(f"cannot command {run}: {why}") from None
+
+
 WAITS: dict[str, tuple[str, Callable[[Status], bool]]] = {  # state: the event that brings it, how the status tells it
     "up": ("u", lambda status: status.up),
     "ready": ("U", lambda status: status.up and status.ready),
@@ -12053,7 +13082,7 @@ def reference() -> str:
 def _default_text(row: ResourceKey) -> str:
     if row.kind == "true/false":
         return "false"
-    if row.kind == "duration":
+    if row.kind in ("duration", "time"):
         return f'"{row.default:g}s"'
     return f'"{row.default}"' if row.default and row.kind not in ("number", "min[:max]") else ""
 
@@ -12150,7 +13179,8 @@ def render_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit render."""
     options = RenderOptions(setting("confdir", flags), setting("prefix", flags), _as_confd(flags), words,
                             flags.get("root") or "", bool(flags.get("dry-run")), bool(flags.get("sync-only")),
-                            show_diff if flags.get("diff") else None)
+                            show_diff if flags.get("diff") else None, setting("services", flags), setting("run", flags),
+                            lambda name: ServiceDoor(name, setting("run", flags)))
     interval = setting("interval", flags)
     source = _source(flags)
     log.info(f"Backend source(s) set to {flags.get('keys') or source.source}")
@@ -12346,20 +13376,8 @@ def signal_verb(words: list[str], flags: dict[str, Any]) -> int:
         number = signal_number(words[0])
     except ValueError as error:
         raise UsageError(str(error)) from None
-    byte = {number: byte for byte, number in {**SIGNAL_BYTES, "p": SIGNALS["STOP"],
-                                              "c": SIGNALS["CONT"]}.items()}.get(number)
     for word in words[1:]:
-        directory = service_path(word, setting("run", flags))
-        status = read_status(directory)
-        if not status.up:
-            raise Error(f"cannot signal {word}: it is not up")
-        if byte:
-            send_command(directory, byte)
-            continue
-        try:  # s6 has no command for it
-            os.kill(status.pid, number)
-        except OSError as error:
-            raise Error(f"cannot signal {word}: {reason(error)}") from None
+        send_signal(service_path(word, setting("run", flags)), number)
     return EXIT_OK
 
 
@@ -12434,7 +13452,7 @@ def _listen(directories: Sequence[str]) -> list[Listener]:
 
 def rescan_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit rescan."""
-    _svscan_command(setting("run", flags), "h")
+    scan_command(setting("run", flags), "h")
     return EXIT_OK
 
 
@@ -12450,25 +13468,14 @@ def shutdown_verb(words: list[str], flags: dict[str, Any]) -> int:
                 replace_file(f"{setting('run', flags)}/{OWN_RESULT}", f"{words[0]}\n".encode())
         except OSError as error:
             raise Error(f"cannot set the exit code: {reason(error)}") from None
-    _svscan_command(setting("run", flags), "t")
+    scan_command(setting("run", flags), "t")
     return EXIT_OK
-
-
-def _svscan_command(run: str, byte: str) -> None:
-    path = f"{run}/.s6-svscan/control"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.write(fd, byte.encode())
-        os.close(fd)
-    except OSError as error:
-        why = "no etcdinit init runs there" if error.errno in (errno.ENXIO, errno.ENOENT) else reason(error)
-        raise Error(f"cannot command {run}: {why}") from None
 
 
 VERBS = {row.name: row for row in (
     Verb("render", "[RESOURCE ...]",
          ("once", "interval", "max-outage", "notify-fd", "confdir",
-          "dry-run", "diff", "sync-only", "root", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
+          "dry-run", "diff", "sync-only", "root", "services", "run", "compat", *_KEY_FLAGS, *_LOG_FLAGS),
          "Render the template resources of conf.d: check, swap in, reload.\n"
          "Without --once it stays and follows etcd: a change is in the files within milliseconds. RESOURCE is a file "
          "of conf.d or a destination; without any, all are rendered.",

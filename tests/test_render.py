@@ -65,7 +65,7 @@ def test_names_of_keys_are_read_in_any_case() -> None:
     text = '[Template]\nSRC = "a"\nDest = "/b"\nKeys = ["/k"]\nCheck_Cmd = "true"\nUID = 3\n'
     [resource], findings = parse_resources(text, "x.toml", "x.toml")
     assert (resource.src, resource.dest, resource.keys, resource.uid, findings) == ("a", "/b", ("/k",), 3, [])
-    assert resource.check is not None and resource.reload is None
+    assert list(resource.commands) == ["check_cmd"]
 
 
 def test_the_attributes_of_a_resource_are_the_rows_of_the_table() -> None:
