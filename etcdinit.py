@@ -7938,13 +7938,14 @@ def resource_files(directory: str) -> list[str]:
 
 
 def load_resources(confdir: str, prefix: str = "", as_confd: bool = False,
-                   names: Sequence[str] = ()) -> tuple[list[Resource], list[Finding]]:
+                   names: Sequence[str] = (), optional: bool = False) -> tuple[list[Resource], list[Finding]]:
     """All resources below confdir/conf.d in their order, and what is wrong with the files there.
 
+    optional: the directory need not be there.
     names: only these resources (see Resource.is_named); UsageError for one that is nobody's name.
     """
     if not os.path.isdir(confdir):
-        level = "warning" if as_confd else "error"
+        level = "warning" if as_confd or optional else "error"
         return [], [Finding("", 0, level, f"Cannot load template resources: confdir '{confdir}' does not exist")]
     directory = os.path.join(confdir, "conf.d")
     resources: list[Resource] = []
@@ -7977,6 +7978,23 @@ def load_resources(confdir: str, prefix: str = "", as_confd: bool = False,
         known = [os.path.relpath(path, directory).removesuffix(".toml") for path in files]
         raise UsageError(f"no template resource is named {word}{nearest(word, known)}")
     return resources, findings
+
+
+def bound_services(confdir: str) -> list[str]:
+    """The services that resources of conf.d name, as far as the files there can be read."""
+    found: set[str] = set()
+    try:
+        files = resource_files(os.path.join(confdir, "conf.d"))
+    except OSError:
+        return []
+    for path in files:
+        try:
+            text = (read_small(path, 1 << 20) or b"").decode("utf-8", "replace")
+        except OSError:
+            continue
+        # by the line: of a file with a mistake in it the service is to wait all the more
+        found.update(re.findall(r"""(?im)^\s*service\s*=\s*["']([^"'./][^"'/]*)["']""", text))
+    return sorted(found)
 
 
 def conf_stamps(confdir: str) -> list[tuple[str, Any]]:
@@ -8255,6 +8273,54 @@ class Page:
             if found:
                 _missing(resource, message, found[1])
             raise Error(message) from None
+
+
+class EnvironmentPage(Page):
+    """The files of env/ in a service directory: a variable from each key directly below one, and from secret files.
+
+    A key wins over a file in /run/secrets, and both over the container's environment.
+    """
+
+    __slots__ = ()
+
+    def texts(self) -> dict[str, str | None]:
+        """The value of every variable; None for those that are no more."""
+        dest, (key,) = self.resource.dest, self.resource.keys
+        if os.path.islink(dest):
+            raise Error(f"the service has an env/ of its own, {os.readlink(dest)}")
+        self.stamps.clear()
+        found: dict[str, str] = {}
+        for name in sorted(os.listdir(SECRETS_DIRECTORY)) if os.path.isdir(SECRETS_DIRECTORY) else ():
+            path = f"{SECRETS_DIRECTORY}/{name}"
+            if re.fullmatch("[A-Z_][A-Z0-9_]*", name) and name not in {row.env for row in SETTINGS.values()}:
+                self.stamps[path] = file_stamp(path)
+                found[name] = read_text(path).rstrip("\r\n")
+        if self.asked:
+            self.asked.clear()
+        for pair in self._functions["gets"].call(f"{clean_key(key).rstrip('/')}/*"):
+            name = pair.Key.rpartition("/")[2]
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                log.warning(f"key {pair.Key} cannot be a variable of {self.resource.service}")
+            elif "\0" in pair.Value:
+                raise Error(f"key {pair.Key} cannot be a variable of {self.resource.service}: it has a NUL character")
+            else:
+                found[name] = pair.Value
+        gone = set(os.listdir(dest)) - set(found) if os.path.isdir(dest) else set[str]()
+        return {f"{dest}/{name}": found.get(name) for name in sorted({*found, *gone})}
+
+
+def environment_resource(service: str, key: str, prefix: str, run: str) -> Resource:
+    """The resource that stands for `environment` in a service.toml."""
+    resource = Resource()
+    for row in RESOURCE_KEYS.values():
+        setattr(resource, row.name, row.default)
+    resource.name, resource.path, resource.lines = f"environment of {service}", "", {"": 0}
+    resource.commands = {}
+    resource.dest, resource.keys, resource.prefix = f"{run}/{service}/env", (key,), effective_prefix(prefix, "")
+    resource.lookups = [clean_key(resource.prefix, key)]
+    resource.mode, resource.secret, resource.make_dirs = 0o600, True, True
+    resource.service, resource.reload = service, "restart"
+    return resource
 
 
 def _missing(resource: Resource, message: str, key: str) -> NoReturn:
@@ -8780,19 +8846,20 @@ class RenderOptions:
     """How to render: directories, the global prefix, which resources, and what to leave out.
 
     show: takes the lines of a diff if one is wanted; services: where services are defined; run: where their state is;
-    door: gives the door to a service by its name (see Bond), None if files are not to be bound to services.
+    door: gives the door to a service by its name (see Bond), None if files are not to be bound to services; optional:
+    a confdir need not be there.
     """
 
     __slots__ = ("confdir", "prefix", "as_confd", "names", "root", "dry_run", "sync_only", "show", "services", "run",
-                 "door")
+                 "door", "optional")
 
     def __init__(self, confdir: str, prefix: str = "", as_confd: bool = False, names: Sequence[str] = (),
                  root: str = "", dry_run: bool = False, sync_only: bool = False,
                  show: Callable[[list[str]], None] | None = None, services: str = "", run: str = "",
-                 door: Callable[[str], Any] | None = None) -> None:
+                 door: Callable[[str], Any] | None = None, optional: bool = False) -> None:
         self.confdir, self.prefix, self.as_confd, self.names = confdir, prefix, as_confd, names
         self.root, self.dry_run, self.sync_only, self.show = root, dry_run, sync_only, show
-        self.services, self.run = services, run
+        self.services, self.run, self.optional = services, run, optional
         self.door = None if root or dry_run or sync_only else door
 
     @property
@@ -8990,7 +9057,7 @@ def run_reloads(reloads: dict[str, Reload]) -> int:
 
 def resources_of(options: RenderOptions) -> tuple[list[Resource], list[Finding]]:
     """The resources that options ask for, and what is wrong with conf.d."""
-    return load_resources(options.confdir, options.prefix, options.as_confd, options.names)
+    return load_resources(options.confdir, options.prefix, options.as_confd, options.names, options.optional)
 
 
 def log_findings(findings: Iterable[Finding]) -> None:
@@ -9000,10 +9067,10 @@ def log_findings(findings: Iterable[Finding]) -> None:
         log(finding.level, words + (f"{finding.place}: " if finding.path else "") + finding.message)
 
 
-def together(resources: Sequence[Resource], after: Mapping[str, Sequence[str]]) -> list[list[Resource]]:
+def together(resources: Sequence[Resource], tables: Mapping[str, Mapping[str, Any]]) -> list[list[Resource]]:
     """What is changed together, in order: resources without a service each alone, then those of each service.
 
-    after: the services that a service comes after.
+    tables: see service_tables; services stand in the order of their `after`.
     """
     services: dict[str, list[Resource]] = {}
     for resource in resources:
@@ -9011,7 +9078,8 @@ def together(resources: Sequence[Resource], after: Mapping[str, Sequence[str]]) 
             services.setdefault(resource.service, []).append(resource)
 
     def depth(name: str, below: tuple[str, ...] = ()) -> int:
-        above = [] if name in below else [depth(other, (*below, name)) for other in after.get(name, ())]
+        after = tables.get(name, {}).get("after", ()) if name not in below else ()
+        above = [depth(other, (*below, name)) for other in after if isinstance(other, str)]
         return 1 + max(above, default=0)
 
     return [[resource] for resource in resources if not resource.service] + sorted(
@@ -9029,6 +9097,18 @@ def service_tables(directory: str) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def environments(tables: Mapping[str, Mapping[str, Any]], options: RenderOptions) -> list[Resource]:
+    """The resources that stand for `environment` in service.toml files."""
+    return [environment_resource(name, key, options.prefix, options.run) for name, table in tables.items()
+            if isinstance(key := table.get("environment"), str) and key and options.door]
+
+
+def make_page(resource: Resource, view: KeyTree, options: RenderOptions, asked: Asked | None = None) -> Page:
+    """The page of a resource."""
+    kind = Page if resource.src else EnvironmentPage
+    return kind(resource, view, options.templates, options.as_confd, asked)
+
+
 def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
                 reloads: dict[str, Reload]) -> dict[str, int]:
     """Bring the destinations of resources that are changed together up to date; how many had which outcome.
@@ -9040,7 +9120,7 @@ def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
     counts: dict[str, int] = {}
     for resource in unit:
         try:
-            page = Page(resource, tree.under(resource.prefix, resource.keys), options.templates, options.as_confd)
+            page = make_page(resource, tree.under(resource.prefix, resource.keys), options)
             changed = run_to_end(stage_steps(resource, page.texts(), options))
         except Skipped as skipped:
             log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
@@ -9098,8 +9178,7 @@ def render_once(source: Any, options: RenderOptions) -> int:
         log.error(str(error) if isinstance(error, Error) else bug(error))
         code, due = getattr(error, "exit_code", EXIT_FAILED), []
         count["failed"] += len(resources)
-    after = {name: table.get("after", ()) for name, table in service_tables(options.services).items()}
-    for unit in together(due, after):
+    for unit in together(due, service_tables(options.services)):
         if stop.signal:
             break
         try:
@@ -9848,7 +9927,7 @@ class Renderer:
         self._files_at = now() + FILES_INTERVAL
         if not self._running() and not any(bond.command for bond in self.bonds.values()):
             _reap_orphans()
-        stamps = conf_stamps(self.options.confdir)
+        stamps = self._conf_stamps()
         if self.reread or stamps != self._stamps:
             log.info("reading conf.d again")
             self.reread = False
@@ -9882,7 +9961,7 @@ class Renderer:
         """Take over the resources of conf.d. What has an error now but had none before goes on as it was."""
         resources, findings = loaded
         log_findings(findings)
-        self._stamps, self._files_at = conf_stamps(self.options.confdir), now() + FILES_INTERVAL
+        self._stamps, self._files_at = self._conf_stamps(), now() + FILES_INTERVAL
         wrong = {finding.path for finding in findings if finding.level == "error"}
         self._sound = not wrong
         done = {unit.name for unit in self.units if unit.done}
@@ -9892,11 +9971,11 @@ class Renderer:
             log.warning("Found no templates")
         self._abandon_checks()
         self.views, self.units = {}, []
-        after = {name: table.get("after", ()) for name, table in service_tables(self.options.services).items()}
-        for each in together([*resources, *kept], after):
+        tables = service_tables(self.options.services)
+        resources += environments(tables, self.options) if not self.options.names else []
+        for each in together([*resources, *kept], tables):
             bond = self._bond(each) if each[0].service and self.options.door else None
-            pages = [Page(resource, self._view(resource), self.options.templates, self.options.as_confd, Asked())
-                     for resource in each]
+            pages = [make_page(resource, self._view(resource), self.options, Asked()) for resource in each]
             unit = Unit(pages, bond)
             unit.done = unit.name in done
             unit.touch(0.0)
@@ -9919,6 +9998,13 @@ class Renderer:
         if seen not in self.views:
             self.views[seen] = self.mirror.tree.under(*seen)
         return self.views[seen]
+
+    def _conf_stamps(self) -> list[tuple[str, Any]]:
+        """What changes when conf.d or a service.toml does."""
+        services = self.options.services
+        known = sorted(os.listdir(services)) if self.options.door and os.path.isdir(services) else []
+        paths = [f"{services}/{name}/service.toml" for name in known]
+        return conf_stamps(self.options.confdir) + [(path, file_stamp(path)) for path in paths]
 
     def _bond(self, resources: Sequence[Resource]) -> Bond:
         """The bond of the service of these resources. Error if its state cannot be kept."""
@@ -10957,6 +11043,7 @@ POLICY = {  # key: kind, default, help
     "limits": ("table", {}, '{nofile = 4096, core = 0, ...}: resource limits; "unlimited" and "SOFT:HARD" too'),
     "health": ("health check", {}, '{command = [...], interval = "10s", timeout = "5s", failures = 3}: else it is '
                                    "restarted"),
+    "environment": ("text", "", "variables from the keys directly below this one, and from files in /run/secrets"),
     "stop_delay": ("duration", 0.0, "at a shutdown wait so long before the stop signal"),
 }
 BACKOFF_FIRST = 1.0  # seconds
@@ -11034,10 +11121,10 @@ _POLICY_KINDS: dict[str, Callable[[Any], Any]] = {
 NO_POLICY = check_policy({})
 
 
-def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
-    """What the service.toml files at these paths say, or in words why they cannot be used, by the same names.
+def ask_child(work: Callable[[], Any]) -> Any:
+    """What a function returns (plain values) when a child calls it.
 
-    A child reads them: tomllib and what it loads would stay in the memory of PID 1. OSError if it could not.
+    What it loads does not stay in the memory of PID 1. OSError if it fails.
     """
     answer, told = os.pipe()
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -11045,9 +11132,7 @@ def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
         pid = os.fork()
         if not pid:
             try:
-                data = marshal.dumps({name: _load_policy(path) for name, path in paths.items()})
-                while data:
-                    data = data[os.write(told, data):]
+                write_all(told, marshal.dumps(work()))
             finally:
                 os._exit(0)
     finally:
@@ -11063,9 +11148,15 @@ def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
     os.kill(pid, SIGNALS["KILL"])
     os.waitpid(pid, 0)
     try:
-        policies: dict[str, dict[str, Any] | str] = marshal.loads(data)
+        return marshal.loads(data)
     except (EOFError, ValueError, TypeError):
         raise OSError(errno.ENOMEM, "the process that reads service.toml files failed") from None
+
+
+def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
+    """What the service.toml files at these paths say, or in words why they cannot be used, by their names. OSError."""
+    policies: dict[str, dict[str, Any] | str] = ask_child(lambda: {name: _load_policy(path)
+                                                                   for name, path in paths.items()})
     return policies
 
 
@@ -11176,6 +11267,18 @@ def find_program(name: str, environ: Mapping[str, str]) -> str:
     return name
 
 
+def read_environment(directory: str) -> dict[str, str]:
+    """The variables of a directory with a file for each, as of s6-envdir, but with their line ends."""
+    found = {}
+    for name in _listed(directory):
+        if name.replace("_", "a").isalnum() and name.isascii():
+            try:
+                found[name] = (read_small(f"{directory}/{name}", 1 << 20) or b"").decode("utf-8", "surrogateescape")
+            except OSError as error:
+                log.warning(f"cannot read {directory}/{name}: {reason(error)}")
+    return found
+
+
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -11183,12 +11286,22 @@ def _no_action(number: int, frame: object) -> None:
     """What a signal does itself; set_wakeup_fd has told the loop of it already."""
 
 
+RENDERER = "confd"  # the service that renders files; it is built in
+
+
 class Supervisor:
     """All services of one process, and the loop that waits for them: descriptors, signals, deaths, deadlines."""
 
-    def __init__(self, services: str, run: str, style: str = "raw") -> None:
-        """services: directory of the definitions; run: of the live directories; style: see OUTPUT_STYLES, or raw."""
+    def __init__(self, services: str, run: str, style: str = "raw", confdir: str = "",
+                 renderer: Sequence[str] = ()) -> None:
+        """services: directory of the definitions; run: of the live directories; style: see OUTPUT_STYLES, or raw.
+
+        renderer: the command of the service `confd` where none is defined; confdir: with the files that bind services.
+        """
         self.services_directory, self.run_directory, self.style = services, run, style
+        self.confdir, self.renderer = confdir, list(renderer)
+        self.bound: list[str] = []  # services that wait for files of theirs
+        self.conf_stamps: list[tuple[str, Any]] = []  # of the files that this was read from
         self.services: dict[str, Service] = {}
         self.policies: dict[str, tuple[object, dict[str, Any]]] = {}  # name: stamp of the file it was read from, policy
         self.left = 0  # how many services were left so far
@@ -11497,7 +11610,10 @@ class Supervisor:
         if not service.wantup:
             return
         waits_for = [name for name in service.policy["after"] if not self.satisfied(name)]
-        self.remark(service, waits=" ".join(waits_for))
+        configured = self.configured(service)
+        self.remark(service, waits=" ".join(waits_for + ["configuration"] * (not configured)))
+        if not configured:
+            return
         for name in waits_for:
             if name not in self.services:
                 self.trouble(f"{service.name} waits for {name}", "there is no such service", "warning")
@@ -11505,6 +11621,11 @@ class Supervisor:
                 self.trouble(f"{service.name} waits for {name}", f"which waits for {service.name}: neither can start")
         if not waits_for:
             self.start(service)
+
+    def configured(self, service: Service) -> bool:
+        """Whether the files of a service are there, as far as it is bound to any: the renderer says so."""
+        bound = service.name in self.bound or service.policy.get("environment")
+        return not bound or os.path.exists(f"{self.run_directory}/{STATE_DIRECTORY}/{service.name}/released")
 
     def needed(self, name: str) -> set[str]:
         """The services that must be ready before this one can start, at any distance."""
@@ -11550,10 +11671,12 @@ class Supervisor:
             if new_pids and not self.reaps_orphans:
                 raise Error("flag-newpidns is not allowed here: neither process 1 nor a subreaper")
             lock = read_number(service.directory, "lock-fd", 0, 2**20)
+            command = policy.get("command")
             service.pid = spawn(
-                ["./run", service.name], policy["cwd"] or service.directory, self.environ_of(service), fds,
+                command or ["./run", service.name], policy["cwd"] or service.directory, self.environ_of(service), fds,
                 lock=(f"{service.directory}/supervise/service-lock", lock) if lock else None,
-                path=f"{service.directory}/run" if policy["cwd"] else "./run",
+                path="/proc/self/exe" if command and os.path.exists("/proc/self/exe") else command[0] if command else
+                f"{service.directory}/run" if policy["cwd"] else "./run",
                 user=policy["user"], group=policy["group"], limits={**self.child_limits, **policy["limits"]},
                 new_pids=new_pids)
         except (OSError, Error) as error:
@@ -11583,7 +11706,8 @@ class Supervisor:
     def environ_of(self, service: Service) -> dict[str, str]:
         """The environment of a service: the container's; its secrets only for those that reach etcd with them."""
         secrets = service.policy["secrets"] or service.name == "confd"
-        return {**(self.environ if secrets else self.public_environ), **service.policy["env"]}
+        return {**(self.environ if secrets else self.public_environ), **service.policy["env"],
+                **(read_environment(f"{service.directory}/env") if service.policy.get("environment") else {})}
 
     def standard_fds(self, service: Service) -> dict[int, int]:
         """Which descriptors of ours are 0, 1 and 2 of a service."""
@@ -11703,6 +11827,8 @@ class Supervisor:
         if not (policy["oneshot"] and not wstat):
             self.write_output(service)
             self.trouble(f"{service.name} ended", how, "warning")
+            if "command" in policy and wstat == EXIT_NO_ETCD << 8:
+                self.fail("etcd was away too long (ETCDINIT_MAX_OUTAGE)", EXIT_NO_ETCD)
             if policy["essential"]:
                 self.fail(f"essential service {service.name} ended: {how}", exit_code(wstat))
         if policy["backoff"] or policy["give_up"][0]:
@@ -11828,6 +11954,7 @@ class Supervisor:
         added: list[Service] = []
         try:
             self.read_policies(names)
+            self.read_bound()
             for name in names:
                 if name in self.services:
                     self.services[name].vanished = False
@@ -11841,8 +11968,9 @@ class Supervisor:
         for service in ready:
             self.step(service, "timeout")
         for service in list(self.services.values()):
-            if service.state == DOWN and "problem" in service.note and "broken" not in service.policy:
-                self.step(service, "timeout")  # its definition may have been mended
+            if service.state == DOWN and ("waits" in service.note or
+                                          "problem" in service.note and "broken" not in service.policy):
+                self.step(service, "timeout")  # its definition may have been mended, its files may be there
         if prune:
             for service in [self.services[name] for name in list(self.services)
                             if name.removesuffix("/log") not in names]:
@@ -11855,10 +11983,11 @@ class Supervisor:
 
     def defined(self) -> list[str] | None:
         """The names of the services that are defined, sorted; None if that cannot be told now."""
+        entries: list[str] = []
         try:
             entries = os.listdir(self.services_directory)
         except FileNotFoundError:
-            return []
+            pass
         except OSError as error:
             self.trouble(f"cannot read {self.services_directory}", error)
             return None
@@ -11867,6 +11996,8 @@ class Supervisor:
         for name in [name for name in names if len(os.fsencode(name)) > NAME_MAX]:
             self.trouble(f"cannot supervise {name[:40]}...", f"the name is longer than {NAME_MAX} bytes")
             names.remove(name)
+        if self.renderer and RENDERER not in names:
+            names.insert(0, RENDERER)
         if len(names) > SERVICES_MAX:
             self.trouble(f"cannot supervise all of {self.services_directory}", f"more than {SERVICES_MAX} services")
         return names[:SERVICES_MAX]
@@ -11877,6 +12008,10 @@ class Supervisor:
         same = os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory)
         service = Service(name, live, live if same else definition)
         service.policy = self.policies.get(name, (None, NO_POLICY))[1]
+        if name == RENDERER and self.renderer and not os.path.isdir(definition):
+            self.build_in(service)
+            self.services[name] = service
+            return [service]
         if not os.path.isdir(f"{definition}/log"):
             self.services[name] = service
             return [service]
@@ -11885,6 +12020,26 @@ class Supervisor:
         service.pipe = logger.pipe = os.pipe()  # both ends stay open here, so it outlives both processes
         self.services[name], self.services[logger.name] = service, logger
         return [logger, service]
+
+    def build_in(self, service: Service) -> None:
+        """Make the service directory of the built-in renderer, which needs no run script."""
+        service.definition = service.directory
+        service.policy = {**NO_POLICY, "command": self.renderer, "env": {
+            "ETCDINIT_RUN": self.run_directory, "ETCDINIT_SERVICES": self.services_directory,
+            "ETCDINIT_CONFDIR": self.confdir}}
+        try:
+            os.makedirs(service.directory, 0o755, exist_ok=True)
+            replace_file(f"{service.directory}/notification-fd", b"3\n")
+            replace_file(f"{service.directory}/run", b"#!/bin/sh\nexec etcdinit render --notify-fd 3\n", 0o755)
+        except OSError as error:
+            self.trouble(f"cannot make {service.directory}", error)
+
+    def read_bound(self) -> None:
+        """Read again which services are bound to files, if conf.d has changed."""
+        stamps = conf_stamps(self.confdir) if self.confdir else []
+        if stamps != self.conf_stamps:
+            self.bound = ask_child(lambda: bound_services(self.confdir))
+            self.conf_stamps = stamps
 
     def read_policies(self, names: Sequence[str]) -> None:
         """Read the service.toml files that have changed, those of loggers too. OSError if no process can do it."""
@@ -11987,9 +12142,9 @@ class Init(Supervisor):
     """
 
     def __init__(self, services: str, run: str, style: str, command: Sequence[str], grace: float,
-                 actions: Mapping[int, str]) -> None:
-        """grace: seconds that a shutdown may take; actions: see signal_actions."""
-        super().__init__(services, run, style)
+                 actions: Mapping[int, str], confdir: str = "", renderer: Sequence[str] = ()) -> None:
+        """grace: seconds that a shutdown may take; actions: see signal_actions; others: see Supervisor."""
+        super().__init__(services, run, style, confdir, renderer)
         self.command, self.grace, self.actions = list(command), grace, actions
         self.directory = os.getcwd()
         self.phase, self.hooks_done = "hooks", 0  # hooks: how many of cont-init.d, later of cont-finish.d
@@ -12018,6 +12173,9 @@ class Init(Supervisor):
         except OSError as error:
             raise Error(f"cannot use {self.run_directory} for the state of services: {reason(error)} "
                         "(it must be writable: mount a tmpfs there, or set ETCDINIT_RUN)") from None
+        states = f"{self.run_directory}/{STATE_DIRECTORY}"
+        for name in _listed(states):
+            _unlink(f"{states}/{name}/released")  # the files of an earlier life may be gone
         self.watch(self.scan_control, self.read_scan_control, None)
         self.write_result(0)
         if not self.is_first:
@@ -13180,7 +13338,7 @@ def render_verb(words: list[str], flags: dict[str, Any]) -> int:
     options = RenderOptions(setting("confdir", flags), setting("prefix", flags), _as_confd(flags), words,
                             flags.get("root") or "", bool(flags.get("dry-run")), bool(flags.get("sync-only")),
                             show_diff if flags.get("diff") else None, setting("services", flags), setting("run", flags),
-                            lambda name: ServiceDoor(name, setting("run", flags)))
+                            lambda name: ServiceDoor(name, setting("run", flags)), "notify-fd" in flags)
     interval = setting("interval", flags)
     source = _source(flags)
     log.info(f"Backend source(s) set to {flags.get('keys') or source.source}")
@@ -13313,10 +13471,20 @@ def doctor_verb(words: list[str], flags: dict[str, Any]) -> int:
 
 # ---- verbs of the supervisor --------------------------------------------------------------------------
 
+def own_command(*arguments: str) -> list[str]:
+    """The command line that executes this program with other arguments."""
+    interpreter = [word for word in sys.orig_argv[:len(sys.orig_argv) - len(sys.argv)] if word != "-m"]
+    return [*interpreter, os.path.realpath(sys.argv[0]) if interpreter else "etcdinit", *arguments]
+
+
 def init_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit init."""
+    confdir = setting("confdir", flags)
+    renders = any(os.environ.get(SETTINGS[name].env) for name in ("node", "srv-domain", "srv-record")) or any(
+        path for path, _ in conf_stamps(confdir))
     init = Init(setting("services", flags), setting("run", flags), setting("log-format", flags), words,
-                setting("grace", flags), signal_actions(setting("signals", flags)))
+                setting("grace", flags), signal_actions(setting("signals", flags)), confdir,
+                own_command("render", "--notify-fd", "3") if renders else ())
     state = os.environ.get(STATE_VARIABLE, "")
     if state.isdigit():
         init.adopt(int(state))
@@ -13501,7 +13669,7 @@ VERBS = {row.name: row for row in (
          "Steps: environment, resolv.conf, SRV, connect, TLS, etcd, authentication, read of KEY, or else of the keys "
          "that the resources of conf.d need.",
          "etcdinit doctor\netcdinit doctor /lb --node http://10.0.0.1:2379", doctor_verb),
-    Verb("init", "[CMD ...]", ("services", "run", "grace", "signals", *_LOG_FLAGS),
+    Verb("init", "[CMD ...]", ("services", "confdir", "run", "grace", "signals", *_LOG_FLAGS),
          "Be the init process of a container: hooks, services, then CMD.\n"
          "It ends with CMD, with an essential service, or when it is told to; called as /init all words are CMD.",
          "etcdinit init\netcdinit init sh -c 'exit 3'", init_verb),
