@@ -8292,7 +8292,7 @@ class EnvironmentPage(Page):
         found: dict[str, str] = {}
         for name in sorted(os.listdir(SECRETS_DIRECTORY)) if os.path.isdir(SECRETS_DIRECTORY) else ():
             path = f"{SECRETS_DIRECTORY}/{name}"
-            if re.fullmatch("[A-Z_][A-Z0-9_]*", name) and name not in {row.env for row in SETTINGS.values()}:
+            if re.fullmatch("(?!ETCD_|ETCDINIT_)[A-Z_][A-Z0-9_]*", name):  # those are ours
                 self.stamps[path] = file_stamp(path)
                 found[name] = read_text(path).rstrip("\r\n")
         if self.asked:
@@ -11207,12 +11207,13 @@ class Service:
     __slots__ = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
                  "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
                  "pipe", "output", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since",
-                 "check_failures", "untold")
+                 "check_failures", "untold", "told")
 
     # what another process image needs to go on with it; the rest is made anew
     SAVED = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
              "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
-             "pipe", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since", "check_failures")
+             "pipe", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since", "check_failures",
+             "told")
 
     def __init__(self, name: str, directory: str, definition: str) -> None:
         self.name = name  # NAME or NAME/log
@@ -11236,6 +11237,7 @@ class Service:
         self.up_since = 0.0
         self.check_failures = 0  # health checks that failed in a row
         self.untold = False  # the status file is not up to date
+        self.told = False  # to end, by a command: then its end is no failure
 
     @property
     def flags(self) -> int:
@@ -11581,6 +11583,7 @@ class Supervisor:
             log.warning(f"cannot remove {service.directory}/down: {reason(error)}")
 
     def kill_softly(self, service: Service) -> None:
+        service.told = True
         self.kill(service, read_signal(service.directory, "down-signal", SIGNALS["TERM"]))
 
     def ask_reload(self, service: Service) -> None:
@@ -11819,7 +11822,8 @@ class Supervisor:
             killed_for_memory, self.oom_kills = kills > self.oom_kills, kills
         how = ending(wstat) + (" (killed by the kernel: out of memory)" if killed_for_memory else "")
         self.remark(service, ended=how, oom="yes" if killed_for_memory else "")
-        if service.state == LAST_FINISH or (not service.wantup and not policy["oneshot"]):
+        told, service.told = service.told, False
+        if service.state == LAST_FINISH or told or (not service.wantup and not policy["oneshot"]):
             return  # somebody asked for it
         if policy["oneshot"]:
             service.wantup = False
@@ -11891,6 +11895,7 @@ class Supervisor:
             log.warning(f"restarting {service.name}: {service.check_failures} health checks failed ({failure})")
             service.check_failures = 0
             self.kill_softly(service)
+            service.told = False
             self.kill(service, SIGNALS["CONT"])
             self.arm_kill(service)
 
