@@ -8892,11 +8892,11 @@ class FileChange:
 
     __slots__ = ("resource", "path", "dest", "present", "wanted", "stage", "reload")
 
-    def __init__(self, resource: Resource, path: str, dest: str, present: Present, wanted: Wanted | None) -> None:
+    def __init__(self, resource: Resource, path: str, dest: str, present: Present, wanted: Wanted | None,
+                 reload: str) -> None:
         self.resource, self.path, self.dest = resource, path, dest
-        self.present, self.wanted = present, wanted
+        self.present, self.wanted, self.reload = present, wanted, reload
         self.stage = ""
-        self.reload = resource.command("reload_cmd", path, path)
 
     def diff(self) -> list[str]:
         """What changes, line by line."""
@@ -8916,11 +8916,12 @@ def find_change(resource: Resource, name: str, text: str | None, options: Render
         raise Error(f"{parent} is not a directory" if os.path.lexists(parent)
                     else f"directory {parent} does not exist (make_dirs = true makes it)")
     present = Present(path)
+    reload = "" if options.sync_only else resource.command("reload_cmd", path, path)
     if text is None:
         if present.data is None:
             return None
         log(level, f"{dest} is obsolete")
-        return FileChange(resource, path, dest, present, None)
+        return FileChange(resource, path, dest, present, None, reload)
     wanted = Wanted.by(resource, text.encode("utf-8", "surrogateescape"), present)
     differences = wanted.differences(present, dest, resource.secret)
     if not differences:
@@ -8933,7 +8934,7 @@ def find_change(resource: Resource, name: str, text: str | None, options: Render
     if fault:
         why = "not shown: secret = true" if resource.secret else fault
         raise Error(f"output format validation failed ({resource.output_format}): {why}")
-    return FileChange(resource, path, dest, present, wanted)
+    return FileChange(resource, path, dest, present, wanted, reload)
 
 
 def stage_steps(resource: Resource, texts: Mapping[str, str | None], options: RenderOptions,

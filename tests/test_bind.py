@@ -210,6 +210,7 @@ def test_a_service_that_does_not_get_ready_again_gets_its_old_files(box: Bound) 
     dest = box.resource("app.conf", reload="restart", reload_timeout="1s")
     box.etcd.put("/app/word", "one")
     box.start()
+    box.up("app")
     assert box.verb("wait", "app", "--timeout", "20s").returncode == 0
     box.etcd.put("/app/word", "unready")
     box.says("it was not ready within 1s")
