@@ -12756,15 +12756,15 @@ def send_signal(directory: str, number: int) -> None:
         raise Error(f"cannot signal {os.path.basename(directory)}: {reason(error)}") from None
 
 
-SETTLED = 1.0  # seconds up after which a service that cannot tell readiness has set up its signal handlers
+HANDLERS_SET = 1.0  # seconds up after which a service that cannot tell readiness has set up its signal handlers
 
 
 class ServiceLook:
     """How a service fares, as another program can see it.
 
-    up and pid; ready: up, and ready if it can tell; settled: ready, or up for SETTLED; wanted: it shall be up; waits:
-    for whom, by our supervisor; gave_up: our supervisor did; startable: down, but nothing hinders a start; ended: how
-    it ended last.
+    up and pid; ready: up, and ready if it can tell; settled: ready, or up for HANDLERS_SET; wanted: it shall be up;
+    waits: for whom, by our supervisor; gave_up: our supervisor did; startable: down, but nothing hinders a start;
+    ended: how it ended last.
     """
 
     __slots__ = ("up", "pid", "ready", "settled", "wanted", "waits", "gave_up", "startable", "ended")
@@ -12775,7 +12775,7 @@ class ServiceLook:
         tells = os.path.exists(f"{directory}/notification-fd")
         self.up, self.pid, self.wanted = status.up, status.pid, bool(status.flags & WANTUP)
         self.ready = status.up and (status.ready or not tells)
-        self.settled = self.ready and (tells or time.time() - status.stamp / 1e9 >= SETTLED)
+        self.settled = self.ready and (tells or time.time() - status.stamp / 1e9 >= HANDLERS_SET)
         self.waits, self.gave_up = notes.get("waits", ""), "given_up" in notes
         self.startable = self.wanted and not self.waits and not status.pid and status.ready
         self.ended = notes.get("ended") or ending(status.wstat)
