@@ -2855,15 +2855,16 @@ class _Span:
 
 
 class _Stream:
-    """A request whose answer is taken as it arrives. failure: why no more will come."""
+    """A request whose answer is taken as it arrives. failure: why no more will come; more: some may be here unread."""
 
-    __slots__ = ("connection", "answer", "spans", "fresh", "began", "deadline", "failure", "_pending")
+    __slots__ = ("connection", "answer", "spans", "fresh", "began", "deadline", "failure", "more", "_pending")
 
     def __init__(self, connection: Connection, message: bytes, timeout: float, spans: Sequence[_Span] = (),
                  fresh: bool = False) -> None:
         self.connection, self.spans, self.fresh = connection, spans, fresh
         self.answer, self._pending = Answer(MAX_MESSAGE), bytearray()
         self.failure: Exception | None = None
+        self.more = False
         self.began = now()
         self.deadline = self.began + timeout  # for the sign that it works
         connection.send(message, self.deadline)
@@ -2880,6 +2881,7 @@ class _Stream:
                 self.answer.feed(data)
         except (OSError, ValueError) as error:
             self.failure = error
+        self.more = got >= READ_AT_ONCE  # what TLS has read ahead wakes no poll()
         return got > 0
 
     def lines(self) -> list[bytes]:
@@ -2960,6 +2962,8 @@ class Watch:
             return float("inf")
         if not self._streams:
             return self._retry_at
+        if any(stream.more for stream in self._streams):
+            return now()
         if not self._open:
             return min(stream.deadline for stream in self._streams)
         return self._probe.deadline if self._probe else self._heard + PROBE_INTERVAL

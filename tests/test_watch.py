@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import need
+from support.certificates import Authority
 from support.etcd_server import Cluster, EtcdServer, find_etcd, http
 from support.proxy import Proxy
 
@@ -26,6 +27,8 @@ from etcdinit import (
     EtcdUnreachable,
     KeyTree,
     Mirror,
+    Secret,
+    Tls,
     Watch,
     WatchMessage,
     clean_key,
@@ -436,6 +439,34 @@ def test_a_large_catch_up_comes_in_fragments(etcd: EtcdServer, followers: Any) -
         etcd.put(f"/big/{index}", str(index % 10) * 500_000)
     follower.run(lambda: len(follower.mirror.tree) == 12)
     assert follower.reads == 1 and follower.mirror.tree["/big/3"] == "3" * 500_000
+
+
+def test_tls_keeps_nothing_back(followers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcdinit, "READ_AT_ONCE", 50_000)
+    monkeypatch.setattr(etcdinit, "PROBE_INTERVAL", 1000.0)  # nothing else shall make it look
+    authority = Authority(tmp_path / "ca")
+    certificate = authority.issue("IP:127.0.0.1")
+    binary = find_etcd("3.5")
+    need(binary, "etcd 3.5")
+    assert binary
+    server = EtcdServer(binary, tmp_path / "etcd", "--cert-file", certificate.cert_path, "--key-file",
+                        certificate.key_path, scheme="https", context=authority.context()).start()
+    try:
+        follower = followers([server.url], ["/t"], tls=Tls(ca=Secret("ETCD_CA", authority.pem)))
+        follower.run(lambda: follower.watch.open)
+        for index in range(12):
+            server.put(f"/t/{index:02d}", str(index % 10) * 200_000)
+        poll = select.poll()
+        poll.register(follower.watch.descriptors()[0], select.POLLIN)
+        deadline = time.monotonic() + 60
+        while len(follower.mirror.tree) < 12:  # as the render loop does it
+            assert time.monotonic() < deadline
+            poll.poll(max(0, int((follower.watch.deadline - time.monotonic()) * 1000) + 1) if
+                      follower.watch.deadline < deadline else 45_000)
+            follower.mirror.apply(follower.watch.step())
+        assert time.monotonic() < deadline - 30
+    finally:
+        server.kill()
 
 
 def test_a_compacted_revision_means_a_new_whole_read(etcd: EtcdServer, followers: Any) -> None:
