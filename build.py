@@ -520,6 +520,20 @@ for part in parts:
     depends[label[part]] = [label[other] for other in parts if other in others]
     nodes = [node for index, node in enumerate(body) if part_of[index] == part]
     freeze(label[part], ast.Module(ast.parse("from __future__ import annotations").body + nodes, []), "etcdinit.py")
+# Constant patterns of regex() go in compiled: what re would tell the C module _sre.
+import re._compiler, types
+
+ready = {}
+re._compiler._sre = types.SimpleNamespace(**{
+    **vars(re._compiler._sre), "compile": lambda pattern, flags, code, groups, by_name, names: ready.update(
+        {pattern: (int(flags), list(map(int, code)), groups, dict(by_name), names)})})
+for call in ast.walk(tree):
+    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "regex":
+        names = {name.id for name in ast.walk(call.args[0]) if isinstance(name, ast.Name)}
+        if names <= set(vars(etcdinit)):  # else it is made of what is not known yet
+            pattern = eval(compile(ast.Expression(call.args[0]), "", "eval"), vars(etcdinit))
+            re._compiler.compile(pattern)
+freeze("_etcdinit_patterns", f"PATTERNS = {ready!r}", "_etcdinit_patterns")
 freeze("etcdinit:core", ast.Module([node for index, node in enumerate(body) if not part_of[index]], []), "etcdinit.py")
 where = {name: label[part_of[index]] for name in sorted(home) for index in home[name] if part_of[index]}
 freeze("etcdinit", IN_PARTS % (where, depends), "etcdinit.py")

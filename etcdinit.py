@@ -65,6 +65,7 @@ LAZY_MODULES = {  # name in this file: module
     "select": "select",
     "sha2": "_sha2" if sys.version_info >= (3, 12) else "_sha256",  # as md5
     "signal": "_signal",  # the signal module wraps this one in enums
+    "sre": "_sre",  # ready-made patterns, without re
     "socket": "_socket",  # the socket module wraps this one in enums and a selector
     "ssl": "_ssl",  # the ssl module brings socket, selectors and enum: 3 MB
     "struct": "_struct",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     import _md5 as md5  # type: ignore[import-not-found]
     import _sha256 as sha2  # type: ignore[import-not-found]
     import _socket as socket
+    import _sre as sre  # type: ignore[import-not-found]
     import _ssl as ssl
     import binascii
     import ctypes
@@ -102,6 +104,85 @@ else:
 
 # of the static executable: subreaper(), trim(), BUILD (the versions of what it is made of); see LAUNCHER in build.py
 native: Any = __import__("_etcdinit") if "_etcdinit" in sys.builtin_module_names else None
+
+
+# ---- short ways to json, re and tomllib ----------------------------------------------------------------
+# The modules themselves cost more than all the rest of a render of a few keys: json 5 ms, re 5 ms, tomllib 10 ms.
+
+_regexes: dict[str, re.Pattern[str]] = {}
+
+
+def regex(pattern: str) -> re.Pattern[str]:
+    """A regular expression, compiled once; the executable has those ready that are constants of this file."""
+    found = _regexes.get(pattern)
+    if found is None:
+        ready = __import__("_etcdinit_patterns").PATTERNS.get(pattern) if native else None
+        found = _regexes[pattern] = sre.compile(pattern, *ready) if ready else re.compile(pattern)
+    return found
+
+
+class _JsonRules:
+    """What the scanner of JSON wants to know."""
+
+    strict, object_hook, object_pairs_hook, parse_float, parse_int = True, None, None, float, int
+    parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
+
+
+def from_json(data: bytes | bytearray | str) -> Any:
+    """json.loads: the same values and errors, without loading the module unless there is an error to describe."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8", "strict")
+        text = text.strip(" \t\n\r")
+        value, end = json_c.make_scanner(_JsonRules)(text, 0)  # type: ignore[arg-type]
+        if end == len(text):
+            return value
+    except (StopIteration, ValueError):
+        pass
+    return json.loads(data)
+
+
+def to_json(value: Any) -> str:
+    """json.dumps of dictionaries, lists, texts, numbers and None."""
+    encoder = json_c.make_encoder(None, None, json_c.encode_basestring_ascii,  # type: ignore[arg-type]
+                                  None, ": ", ", ", False, False, True)
+    return "".join(encoder(value, 0))
+
+
+_TOML_VALUE = r"""(?:"[^"\\\x00-\x1f\x7f]*"|'[^'\x00-\x1f\x7f]*'|true|false|0|[1-9][0-9]{0,17})"""
+_TOML_LINE = (r"(?a)[ \t]*(?:\[([\w-]+)\]|\[\[([\w-]+)\]\]|([\w-]+)[ \t]*=[ \t]*"  # table, element, key
+              rf"(?:({_TOML_VALUE})|(\[[ \t\n]*(?:{_TOML_VALUE}[ \t\n]*,[ \t\n]*)*(?:{_TOML_VALUE}[ \t\n]*)?\])))?"
+              r"[ \t]*(?:#[^\x00-\x08\x0a-\x1f\x7f]*)?(?:\n|\Z)")
+
+
+def _toml_value(text: str) -> Any:
+    return text[1:-1] if text[0] in "\"'" else text == "true" if text[0] in "tf" else int(text)
+
+
+def from_toml(text: str) -> dict[str, Any]:
+    """tomllib.loads. What files of conf.d mostly are, tables of plain texts, numbers and lists, is read right here."""
+    document: dict[str, Any] = {}
+    arrays: dict[str, list[dict[str, Any]]] = {}
+    table, line, item, at = document, regex(_TOML_LINE), regex(_TOML_VALUE), 0
+    while at < len(text):
+        found = line.match(text, at)
+        if found is None:
+            return tomllib.loads(text)
+        at = found.end()
+        name, element, key, value, array = found.groups()
+        if name or element:
+            if name in document or element in document and element not in arrays:
+                return tomllib.loads(text)
+            table = {}
+            if name:
+                document[name] = table
+            else:
+                document[element] = arrays.setdefault(element, [])
+                arrays[element].append(table)
+        elif key:
+            if key in table:
+                return tomllib.loads(text)
+            table[key] = _toml_value(value) if value else [_toml_value(each) for each in item.findall(array)]
+    return document
 
 
 # ---- errors -------------------------------------------------------------------------------------------
@@ -1253,6 +1334,8 @@ def resolve_srv(name: str, deadline: float | None = None, config: DnsConfig | No
 def resolve_address(host: str, deadline: float | None = None, config: DnsConfig | None = None) -> list[str]:
     """The addresses of a host, IPv4 first; an address is its own. deadline as in resolve_srv. Raises DnsError."""
     until = now() + DNS_PATIENCE if deadline is None else deadline
+    if is_address(host.removeprefix("[").removesuffix("]")):
+        return [host.removeprefix("[").removesuffix("]")]  # nobody has to be asked
     return _addresses(host, config or load_dns_config(), until)[0]
 
 
@@ -1530,7 +1613,7 @@ class Endpoint:
         self.failures, self.retry_at, self.trouble = 0, 0.0, ""
 
 
-_ENDPOINT = r"(?:(https?)://)?(\[[0-9A-F:.]+(?:%(?:25)?[\w.-]+)?\]|\w[\w.-]*)(?::([0-9]{1,5}))?/*"
+_ENDPOINT = r"(?ai)(?:(https?)://)?(\[[0-9A-F:.]+(?:%(?:25)?[\w.-]+)?\]|\w[\w.-]*)(?::([0-9]{1,5}))?/*"
 
 
 def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoint:
@@ -1538,10 +1621,10 @@ def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoi
 
     scheme: the one for an endpoint that names none. UsageError says what is wrong.
     """
-    parts = re.fullmatch(_ENDPOINT, text.strip(), re.ASCII | re.IGNORECASE)
+    parts = regex(_ENDPOINT).fullmatch(text.strip())
     if "@" in text:  # not quoted: what stands before it is likely a password
         raise UsageError("an etcd endpoint holds no user and password: set ETCD_USERNAME and ETCD_PASSWORD")
-    host = re.sub("%25(?=.)", "%", parts[2].strip("[]")) if parts else ""
+    host = regex("%25(?=.)").sub("%", parts[2].strip("[]")) if parts else ""
     if not parts or not 0 < int(parts[3] or 2379) < 65536 or parts[2][0] == "[" and not is_address(host):
         raise UsageError(f'not an etcd endpoint: "{printable(text)}"'
                          " (examples: http://10.0.0.1:2379, etcd1:2379, https://[::1]:2379)")
@@ -1987,7 +2070,7 @@ def v3_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
     """
     code, message = None, ""
     try:
-        data = json.loads(body)
+        data = from_json(body)
     except (ValueError, RecursionError):
         data = None
         text = body[:2000].decode("utf-8", "replace").strip()
@@ -2015,7 +2098,7 @@ def v3_headers(token: str | None) -> dict[str, str]:
 def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, str]:
     """The error that a v2 answer means, its errorCode and etcd's message with its cause."""
     try:
-        data = json.loads(body)
+        data = from_json(body)
         code, message, cause = data["errorCode"], str(data["message"]), str(data.get("cause") or "")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         kind, code, message = v3_failure(status, body)
@@ -2131,7 +2214,7 @@ class Etcd:
         if bool(username) != bool(password):
             missing = "ETCD_PASSWORD" if username else "ETCD_USERNAME"
             raise UsageError(f"ETCD_USERNAME and ETCD_PASSWORD belong together: {missing} is not set")
-        if not re.fullmatch(r"[\w-][\w.:-]*", server_name or "target", re.ASCII):
+        if not regex(r"(?a)[\w-][\w.:-]*").fullmatch(server_name or "target"):
             raise UsageError(f'cannot use ETCD_TLS_SERVER_NAME: "{printable(server_name)}" is not a host name, an'
                              ' address or "target"')
         for name, seconds in (("ETCD_CONNECT_TIMEOUT", connect_timeout), ("ETCD_ANSWER_TIMEOUT", answer_timeout)):
@@ -2369,7 +2452,7 @@ class Etcd:
     def _post(self, endpoint: Endpoint, path: str, body: Mapping[str, Any], request: str,
               token: str = "") -> dict[str, Any]:
         """One request to one endpoint's v3 gateway, at the path that it has."""
-        data = json.dumps(body).encode("ascii")
+        data = to_json(body).encode("ascii")
         headers = v3_headers(token)
         for base in dict.fromkeys((self._base or V3_BASES[0], *V3_BASES)):
             answer = self._exchange(endpoint, "POST", base + path, headers, data, MAX_ANSWER, request)
@@ -2638,7 +2721,7 @@ class Etcd:
 
     def _object(self, answer: Answer, endpoint: Endpoint, request: str) -> dict[str, Any]:
         try:
-            data = json.loads(bytes(answer.body))
+            data = from_json(answer.body)
         except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
@@ -2783,7 +2866,7 @@ class WatchMessage:
     def __init__(self, line: bytes) -> None:
         """Decode one line. ValueError: it is no watch message."""
         try:
-            data = json.loads(line)
+            data = from_json(line)
             result = data.get("result")
             self.failure = None if isinstance(result, dict) else v3_failure(500, line)
             if not isinstance(result, dict):
@@ -2817,7 +2900,7 @@ _V2_ENDS = ("delete", "expire", "compareAndDelete")
 def decode_wait(body: bytes) -> Event | None:
     """The event of a v2 wait answer; None for one that changes no key, as a new directory. ValueError: it is none."""
     try:
-        data = json.loads(body)
+        data = from_json(body)
         action, node = data["action"], data["node"]
         index, key = int(node["modifiedIndex"]), _v2_text(node["key"])
         if action in _V2_ENDS:
@@ -2835,7 +2918,7 @@ def watch_request(spans: Iterable[tuple[bytes, bytes, int]]) -> bytes:
                                   "fragment": True}
         if end:
             create["range_end"] = base64_text(end)
-        requests.append(json.dumps({"create_request": create}))
+        requests.append(to_json({"create_request": create}))
     return "\n".join(requests).encode("ascii")
 
 
@@ -3173,7 +3256,7 @@ class Watch:
             raise kind(str(self._endpoint), self._request, text, code)
         if body.strip():
             event = decode_wait(body)
-            index = event[0] if event else int(json.loads(body)["node"]["modifiedIndex"])
+            index = event[0] if event else int(from_json(body)["node"]["modifiedIndex"])
             if event and index >= span.next:
                 events.append(event)
             self.behind = digits.isdecimal() and int(digits) > index
@@ -3221,7 +3304,7 @@ class Watch:
             message = http_request("GET", "/health", authority, {})
         else:  # a linearizable read: the member must reach a quorum for it
             headers = v3_headers(self._etcd._token)
-            body = json.dumps({"key": base64_text(self._spans[0].start), "count_only": True}).encode("ascii")
+            body = to_json({"key": base64_text(self._spans[0].start), "count_only": True}).encode("ascii")
             message = http_request("POST", f"{self._etcd._base}/kv/range", authority, headers, body)
         try:
             return _Stream(connection, message, self._etcd.answer_timeout)
@@ -3242,7 +3325,7 @@ class Watch:
             raise kind(str(self._endpoint), self._request, text, code)
         if answer.status == 200 and self._etcd.api == 3:
             try:
-                revision = int(json.loads(body)["header"]["revision"])
+                revision = int(from_json(body)["header"]["revision"])
             except (ValueError, RecursionError, KeyError, TypeError):
                 raise ValueError("the answer to a probe is none of etcd") from None
             last = max(span.next for span in self._spans) - 1
@@ -3364,13 +3447,14 @@ class KeyTree:
         values = self.values_by_key
         if not values:
             return []
-        index, (steps, whole) = self._index(), _glob_steps(pattern)
+        index, (steps, tokens) = self._index(), _glob_steps(pattern)
         paths = [""] if steps[0] in ("", None, False) else []  # what stands before the first slash: nothing
         for step in steps[steps[0] is not False:]:
             if step is False:  # from this segment on a character class can match "/"
                 reached: list[str] = []
                 for path in paths:
                     self._collect(path, reached)
+                whole = re.compile(_glob_regex(tokens))
                 paths = [key for key in reached if whole.fullmatch(key)]
                 break
             if step is None:
@@ -3380,7 +3464,7 @@ class KeyTree:
             else:
                 paths = [f"{path}/{name}" for path in paths for name in index.get(path, ()) if step.fullmatch(name)]
         found = [key for key in paths if key in values]
-        if "/" in values and whole.fullmatch("/"):
+        if "/" in values and re.compile(_glob_regex(tokens)).fullmatch("/"):
             found.append("/")
         return [(key, values[key]) for key in bytewise(found)]
 
@@ -3537,11 +3621,11 @@ class Mirror:
 
 def glob_regex(pattern: str) -> re.Pattern[str]:
     """A pattern of Go's path.Match as a regular expression for a whole key. ValueError if it is malformed."""
-    return _glob_steps(pattern)[1]
+    return re.compile(_glob_regex(_glob_steps(pattern)[1]))
 
 
-def _glob_steps(pattern: str) -> tuple[list[Any], re.Pattern[str]]:
-    """A pattern as one step for each path segment, and as one regular expression for a whole key.
+def _glob_steps(pattern: str) -> tuple[list[Any], list[tuple[str, str]]]:
+    """A pattern as one step for each path segment, and as the tokens of a regular expression for a whole key.
 
     A step is a literal name, None for `*`, a regular expression, or False from the segment on in which a
     character class can match "/" (Go lets it). ValueError: Go's path.ErrBadPattern.
@@ -3582,7 +3666,7 @@ def _glob_steps(pattern: str) -> tuple[list[Any], re.Pattern[str]]:
                 end_of_segment()
             tokens.append(("literal", character))
     end_of_segment()
-    return steps, re.compile(_glob_regex(tokens))
+    return steps, tokens
 
 
 def _glob_regex(tokens: list[tuple[str, str]]) -> str:
@@ -3642,7 +3726,7 @@ def keys_from_file(path: str) -> KeyTree:
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8").removeprefix("\ufeff")
-        data = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
+        data = from_toml(text) if path.endswith(".toml") else json.loads(text)
     except OSError as error:
         raise Error(f"cannot read keys from {path}: {reason(error)}") from None
     except UnicodeDecodeError as error:
@@ -4703,15 +4787,15 @@ def _plan(format: str) -> tuple[str, tuple[frozenset[type], ...], bool] | None:
         _plans.clear()
     _plans[format] = None
     types, look = [], False
-    directives = re.findall(r"%(?:%|[^a-zA-Z%]*.?)", format, re.S)
+    directives = regex(r"(?s)%(?:%|[^a-zA-Z%]*.?)").findall(format)
     for directive in directives:
-        row = next((row for row in _PLAN_ROWS if re.fullmatch("%" + row[0], directive, re.A)), None)
+        row = next((row for row in _PLAN_ROWS if regex("(?a)%" + row[0]).fullmatch(directive)), None)
         if row is not None:
             types.append(frozenset(row[1]))
             look = look or row[2]
         elif directive != "%%":
             return None
-    python = re.sub("%%|%v", lambda m: "%%" if m[0] == "%%" else "%s", format)
+    python = regex("%%|%v").sub(lambda m: "%%" if m[0] == "%%" else "%s", format)
     plan = _plans[format] = python, tuple(types), look
     return plan
 
@@ -5829,7 +5913,7 @@ class _Failure(Exception):
 
 _SPACE = " \t\r\n"
 _KEYWORDS = frozenset("block break continue define else end if nil range template with".split())
-_ACTION_TOKENS = r"""
+_ACTION_TOKENS = r"""(?x)
     (?P<space>[ \t\r\n]+) | (?P<declare>:=) | (?P<assign>=) | (?P<pipe>\|) | (?P<open>\() | (?P<close>\))
   | (?P<string>"(?:\\[^\n]|[^"\\\n])*") | (?P<raw>`[^`]*`) | (?P<character>'(?:\\[^\n]|[^'\\\n])*')
   | (?P<number>(?=[+-]|\.?[0-9]) [+-]?
@@ -5885,7 +5969,7 @@ def _lex_action(text: str, position: int, keywords: frozenset[str]) -> Any:
     """The tokens of one action; returns the position behind it and the width of its delimiter (0: an error)."""
     global _action_token
     if _action_token is None:
-        _action_token = re.compile(_ACTION_TOKENS, re.VERBOSE).match
+        _action_token = regex(_ACTION_TOKENS).match
     parentheses = 0
     while True:
         if width := _right_delimiter(text, position):
@@ -7368,9 +7452,9 @@ class _Compiler:
     def simple_format(self, arguments: Sequence[Any], final: tuple[Any, str] | None, scope: _Scope) -> Any:
         """printf as a Python f-string where its format is a constant that takes each argument once; else None."""
         first = arguments[0] if arguments else None
-        if type(first) is not _Word or first.kind != "string" or not re.fullmatch(_SIMPLE_FORMAT, first.value):
+        if type(first) is not _Word or first.kind != "string" or not regex(_SIMPLE_FORMAT).fullmatch(first.value):
             return None
-        pieces = re.split(f"({_DIRECTIVE})", first.value)
+        pieces = regex(f"({_DIRECTIVE})").split(first.value)
         if sum(verb != "%%" for verb in pieces[1::2]) != len(arguments) - 1 + bool(final):
             return None
         values = [self.argument_value(argument, "any", scope) for argument in arguments[1:]]
@@ -7805,7 +7889,7 @@ def parse_resources(text: str, path: str, name: str, prefix: str = "",
     """
     findings: list[Finding] = []
     try:
-        document = tomllib.loads(text.removeprefix("\ufeff"))
+        document = from_toml(text.removeprefix("\ufeff"))
     except RecursionError:
         return [], [Finding(path, 0, "error", "nested too deep")]
     except ValueError as error:  # "what is wrong (at line 3, column 5)" or "what is wrong (at end of document)"
@@ -11168,7 +11252,7 @@ def load_policies(paths: Mapping[str, str]) -> dict[str, dict[str, Any] | str]:
 def _load_policy(path: str) -> dict[str, Any] | str:
     try:
         text = (read_small(path, 1 << 20) or b"").decode()
-        return check_policy(tomllib.loads(text))
+        return check_policy(from_toml(text))
     except (OSError, ValueError, RecursionError) as error:
         return reason(error)
 
