@@ -4034,11 +4034,6 @@ def _hex_float(value: float, verb: str, precision: int | None) -> str:
     return sign + (text.upper() if verb == "X" else text)
 
 
-def float_text(value: float) -> str:
-    """A float64 as %v prints it."""
-    return format_float(value)
-
-
 # ---- strconv: quoted strings --------------------------------------------------------------------------
 
 _ESCAPES = {"\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v", "\\": "\\\\"}
@@ -4892,8 +4887,27 @@ def _to_lower(text: str) -> str:
     return text.lower() if text.isascii() else "".join(c.lower()[0] for c in _valid(text))
 
 
+def _on_bytes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that looks for one string in another as Go does: where one is no UTF-8, byte by byte."""
+    def call(text: str, part: str, *rest: Any) -> Any:
+        if text.isascii() and part.isascii():
+            return function(text, part, *rest)
+        try:
+            (text + part).encode()
+        except UnicodeEncodeError:
+            if part:
+                found = function(*(utf8(each).decode("latin-1") if isinstance(each, str) else each
+                                   for each in (text, part, *rest)))
+                if isinstance(found, Strings):
+                    return Strings(go_string(each.encode("latin-1")) for each in found)
+                return go_string(found.encode("latin-1")) if isinstance(found, str) else found
+        return function(runes(text), part, *rest)
+
+    return call
+
+
 def _split(text: str, separator: str) -> Strings:
-    return Strings(text.split(separator) if separator else runes(text))
+    return Strings(text.split(separator) if separator else text)
 
 
 def _clean(path: str) -> str:
@@ -5695,14 +5709,14 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
     # confd 0.16
     Func("base", _base, ("string",), returns="string"),
     Func("dir", _dir, ("string",), returns="string"),
-    Func("split", _split, ("string", "string"), returns="[]string"),
+    Func("split", _on_bytes(_split), ("string", "string"), returns="[]string"),
     Func("join", lambda strings, separator: separator.join(strings), ("[]string", "string"), returns="string"),
-    Func("replace", lambda text, old, new, n: text.replace(old, new, max(n, -1)),
+    Func("replace", _on_bytes(lambda text, old, new, n: text.replace(old, new, max(n, -1))),
          ("string", "string", "string", "int"), returns="string"),
     Func("toUpper", _to_upper, ("string",), returns="string"),
     Func("toLower", _to_lower, ("string",), returns="string"),
-    Func("contains", lambda text, part: part in text, ("string", "string"), returns="bool"),
-    Func("trimSuffix", str.removesuffix, ("string", "string"), returns="string"),
+    Func("contains", _on_bytes(lambda text, part: part in text), ("string", "string"), returns="bool"),
+    Func("trimSuffix", _on_bytes(str.removesuffix), ("string", "string"), returns="string"),
     Func("json", lambda text: _from_json(text, dict), ("string",), returns=_ANY_MAP),
     Func("jsonArray", lambda text: _from_json(text, list), ("string",), returns=_ANY_LIST),
     Func("map", _map, ("any",), True, _ANY_MAP),
@@ -5728,7 +5742,7 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
     Func("mod", _mod, ("int", "int"), returns="int"),
     Func("seq", _seq, ("int", "int"), returns="[]int"),
     # its maintained fork, and calico's confd (hasSuffix)
-    Func("hasSuffix", str.endswith, ("string", "string"), returns="bool"),
+    Func("hasSuffix", _on_bytes(str.endswith), ("string", "string"), returns="bool"),
     Func("hostname", lambda: os.uname().nodename, (), returns="string"),
     Func("lookupIfaceIPV4", _lookup_interface_ipv4, ("string",), returns="string"),
     Func("lookupIfaceIPV6", _lookup_interface_ipv6, ("string",), returns="string"),
@@ -5746,7 +5760,7 @@ FUNCTIONS: dict[str, Func] = {row.name: row for row in (
     Func("regexMatch", _regex_match, ("string", "string"), returns="bool"),
     Func("regexFind", _regex_find, ("string", "string"), returns="string"),
     Func("regexReplaceAll", _regex_replace_all, ("string", "string", "string"), returns="string"),
-    Func("trimPrefix", str.removeprefix, ("string", "string"), returns="string"),
+    Func("trimPrefix", _on_bytes(str.removeprefix), ("string", "string"), returns="string"),
     Func("repeat", _repeat, ("int", "string"), returns="string"),
     Func("nospace", _nospace, ("string",), returns="string"),
     Func("snakecase", lambda text: "_".join(map(_to_lower, _case_words(text))), ("string",), returns="string"),
@@ -6728,7 +6742,7 @@ def _elements(value: Any) -> Sequence[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        return [value[key] for key in _sorted_keys(value)]
+        return [value[key] for key in bytewise(value)]
     if value is INVALID or value is None:
         return ()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -6740,14 +6754,10 @@ def _elements(value: Any) -> Sequence[Any]:
 def _items(value: Any) -> Sequence[tuple[Any, Any]]:
     """As _elements, each with its index or key."""
     if isinstance(value, dict):
-        return [(key, value[key]) for key in _sorted_keys(value)]
+        return [(key, value[key]) for key in bytewise(value)]
     if isinstance(value, int) and not isinstance(value, bool):
         _fail(f"can't use {value} to iterate over more than one variable")
     return list(enumerate(_elements(value)))
-
-
-def _sorted_keys(value: dict[str, Any]) -> list[str]:
-    return bytewise(value)
 
 
 

@@ -22,7 +22,7 @@ from etcdinit import (
     Uint8,
     Uint16,
     Weekday,
-    float_text,
+    format_float,
     go_type,
     print_value,
     quote,
@@ -97,7 +97,7 @@ def test_printf_prints_as_go(arguments: tuple[Any, ...], text: str) -> None:
     (float("-inf"), "-Inf"), (float("nan"), "NaN"),
 ])
 def test_floats_print_as_short_as_they_can(number: float, text: str) -> None:
-    assert float_text(number) == sprint(number) == sprintf("%v", number) == print_value(number) == text
+    assert format_float(number) == sprint(number) == sprintf("%v", number) == print_value(number) == text
 
 
 def test_print_puts_spaces_only_between_operands_that_are_no_strings() -> None:

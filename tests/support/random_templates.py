@@ -309,8 +309,9 @@ def odd_calls(seed: int) -> str:
     pipe = " | ".join([pick.choice([call(4), call(2), pick.choice(operands)]),
                        *(call(2) for _ in range(pick.choice([0, 0, 0, 1, 2])))])
     pipe = pick.choice([pipe, pipe, f"print ({pipe}) {pick.choice(operands)}", f"({pipe}).Key", f"({pipe}).x.y"])
-    around = pick.choice(["{{%s}}"] * 6 + ["{{range %s}}<{{.}}>{{else}}E{{end}}", "{{range $i, $e := %s}}{{$i}}{{end}}",
-                                           "{{with %s}}<{{.}}>{{end}}", "{{if %s}}T{{else}}F{{end}}",
+    around = pick.choice(["{{%s}}"] * 6 + ["{{range %s}}<{{.}}>{{break}}{{else}}E{{end}}",
+                                           "{{range $i, $e := %s}}{{$i}}{{end}}", "{{with %s}}<{{.}}>{{end}}",
+                                           "{{if %s}}T{{else}}F{{end}}",
                                            "{{define `d`}}[{{.a}}]{{end}}{{template `d` %s}}"])
     return "{{$x := 5}}é\n " + around.replace("%s", pipe)
 
