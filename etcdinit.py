@@ -1613,7 +1613,8 @@ class Endpoint:
         self.failures, self.retry_at, self.trouble = 0, 0.0, ""
 
 
-_ENDPOINT = r"(?ai)(?:(https?)://)?(\[[0-9A-F:.]+(?:%(?:25)?[\w.-]+)?\]|\w[\w.-]*)(?::([0-9]{1,5}))?/*"
+_ENDPOINT = (r"(?ai)(?:(https?)://)?(\[[0-9A-F:.]+(?:%(?:25)?[\w.-]+)?\]|\w[\w-]*(?:\.[\w-]+)*\.?)"
+             r"(?::([0-9]{1,5}))?/*")
 
 
 def parse_endpoint(text: str, scheme: str = "https", source: str = "") -> Endpoint:
@@ -1710,6 +1711,7 @@ class Tls:
         context.minimum_version = ssl.PROTO_TLSv1_2
         context.check_hostname = self.verify
         context.verify_mode = ssl.CERT_REQUIRED if self.verify else ssl.CERT_NONE
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # what ETCD_CA holds is trusted, a root or not, as in Go
         if ca:
             try:
                 context.load_verify_locations(None, None, ca)
@@ -1763,7 +1765,7 @@ def _as_file(source: Secret | None) -> Secret | None:
     return source
 
 
-_PEM_BLOCK = r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END \1-----"
+_PEM_BLOCK = r"(?s)-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END \1-----"
 
 
 def _pem(source: Secret | None, kind: str) -> str:
@@ -1787,7 +1789,7 @@ def _pem(source: Secret | None, kind: str) -> str:
     if kind == "PRIVATE KEY" and "ENCRYPTED" in text:  # in its label, or in the header of the old format
         raise _bad_pem(source, "the key is encrypted, and nobody is here to ask for its password"
                                " (openssl pkey -in KEY -out PLAIN takes the encryption off)")
-    blocks = re.findall(_PEM_BLOCK, text.replace("\\n", "\n"), re.DOTALL)
+    blocks = regex(_PEM_BLOCK).findall(text.replace("\\n", "\n"))
     if not blocks:
         raise _bad_pem(source, "its PEM text is cut off: -----BEGIN without -----END")
     lines: list[str] = []
@@ -2100,6 +2102,8 @@ def v2_failure(status: int, body: bytes) -> tuple[type[EtcdError], int | None, s
     try:
         data = from_json(body)
         code, message, cause = data["errorCode"], str(data["message"]), str(data.get("cause") or "")
+        if not isinstance(code, int):
+            raise ValueError
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         kind, code, message = v3_failure(status, body)
         return EtcdDenied if status == 401 else kind, code, message
@@ -2610,7 +2614,7 @@ class Etcd:
         endpoint, source, priority, tls (version, "none", "TLSv1.3 unverified"), certificate_end, version,
         latency_ms (of one request on an open connection), leader (True if it leads), auth, error.
         """
-        self._look_up("list the endpoints")
+        self._look_up("list the endpoints", wait=False)
         return [self._survey_one(endpoint) for endpoint in self.endpoints]
 
     def _survey_one(self, endpoint: Endpoint) -> dict[str, Any]:
@@ -2750,6 +2754,9 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
 
     Ends with the first step that fails; a step fails when no endpoint is left that passes it.
     """
+    known = [row.env for row in SETTINGS.values()]
+    doubts = [f"{name} is no setting, did you mean {near[0]}?" for name in sorted(environ) if name.startswith("ETCD")
+              and name.removesuffix("_FILE") not in known and (near := difflib.get_close_matches(name, known, 1, 0.8))]
     try:
         client = Etcd.from_settings(flags, environ)
         if client.questions or any(endpoint.scheme == "https" for endpoint in client.endpoints):
@@ -2757,12 +2764,12 @@ def examine(flags: Mapping[str, Any], keys: Iterable[str],
         user = f'as "{printable(client.username.text())}" ({client.username})' if client.username else "without a user"
         password = f"password from {client.password}" if client.password and client.password.text() else ""
     except UsageError as error:
-        yield "environment", False, str(error)
+        yield "environment", False, "; ".join([str(error), *doubts])
         return
     tls = client.tls
     told = [client.source, user, password, f"CA from {tls.ca}" if tls.ca else "",
             f"client certificate from {tls.cert}, its key from {tls.key}" if tls.cert else "",
-            "" if tls.verify else "certificates are not verified (ETCD_INSECURE_SKIP_VERIFY)"]
+            "" if tls.verify else "certificates are not verified (ETCD_INSECURE_SKIP_VERIFY)", *doubts]
     yield "environment", True, "; ".join(filter(None, told))
     if client.questions or not all(is_address(endpoint.host) for endpoint in client.endpoints):
         config = load_dns_config(environ=environ)
@@ -13445,7 +13452,9 @@ def render_verb(words: list[str], flags: dict[str, Any]) -> int:
                             lambda name: ServiceDoor(name, setting("run", flags)), "notify-fd" in flags)
     interval = setting("interval", flags)
     source = _source(flags)
-    log.info(f"Backend source(s) set to {flags.get('keys') or source.source}")
+    questions = getattr(source, "questions", ())  # told in confd's words
+    log.info(f"SRV record set to {', '.join(name for name, _ in questions)}" if questions else
+             f"Backend source(s) set to {flags.get('keys') or ', '.join(map(str, source.endpoints))}")
     stop.install()
     try:
         if flags.get("once"):

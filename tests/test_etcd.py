@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,6 +42,7 @@ from etcdinit import (
     parse_endpoint,
     range_end,
     top_keys,
+    v2_failure,
     v3_failure,
 )
 
@@ -59,11 +62,26 @@ def test_an_endpoint_is_read_in_all_its_forms(text: str, url: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "http://", "ftp://a:1", "a:0", "a:65536", "a:b", "::1", "[::1", "a b", "a:1/x",
                                   "http://a:1\r\nX: y", "[::1]x", "a:-1", "http://a:1/v3", "http://a:1?x", "a:1#x",
-                                  "[1:2]", "[::g]", "[::1%]", "http:/a:1", ".a:1", "ä:1", "a:1,b:1", "a:٣"])
+                                  "[1:2]", "[::g]", "[::1%]", "http:/a:1", ".a:1", "a..b:1", "ä:1", "a:1,b:1", "a:٣"])
 def test_a_wrong_endpoint_is_quoted_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="not an etcd endpoint: .*example") as caught:
         parse_endpoint(text)
     assert "\n" not in str(caught.value)
+
+
+PIECES = ["http", "https", "://", "[", "]", "::1", "fe80::1", "%", "25", "eth0", ":", "2379", "0", "/", ".", "a", "@"]
+
+
+@given(st.text(max_size=40) | st.lists(st.sampled_from(PIECES), max_size=9).map("".join))
+def test_any_text_is_an_endpoint_or_is_refused(text: str) -> None:
+    try:
+        endpoint = parse_endpoint(text)
+    except UsageError as error:
+        assert "\n" not in str(error)
+    else:
+        assert str(parse_endpoint(str(endpoint))) == str(endpoint)
+        assert endpoint.authority.isascii() and "%" not in endpoint.authority and " " not in endpoint.authority
+        assert http_request("GET", "/", endpoint.authority, {}).count(b"\r\n") == 5
 
 
 def test_user_and_password_in_an_endpoint_are_refused_and_not_shown() -> None:
@@ -261,6 +279,58 @@ def value(text: str) -> bytes:
     """An answer that says that the key has this value."""
     body = f'{{"header":{{"revision":"7"}},"kvs":[{{"key":"{b64("/a")}","value":"{b64(text)}"}}]}}'.encode()
     return OK + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+FIELDS = st.sampled_from(["error", "message", "code", "grpc_code", "errorCode", "cause", "details"])
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
+                    max_leaves=6)
+
+
+@given(st.integers(100, 600), st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_body_of_a_failure_is_told_on_one_line(status: int, body: bytes) -> None:
+    for failure in (v3_failure, v2_failure):
+        kind, code, text = failure(status, body)
+        assert issubclass(kind, EtcdError) and text.isprintable() and len(text) < 6000
+
+
+SHAPES = {  # what an answer holds, field by field; each may be something else
+    "/version": {"etcdserver": "3.5.0"},
+    "/v3/maintenance/status": {"header": {"cluster_id": "1", "member_id": "2"}, "leader": "2"},
+    "/v3/kv/range": {"header": {"revision": "7"}, "kvs": [{"key": b64("/a"), "value": b64("1")}], "more": False},
+    "/v3/auth/authenticate": {"header": {}, "token": "t.1"},
+    "/v2/keys": {"action": "get", "node": {"key": "/a", "value": "1", "dir": True, "nodes": [{"key": "/a/b"}]}},
+}
+
+
+@given(st.data(), st.sampled_from(["2", "3", "auto"]))
+def test_answers_of_any_shape_are_taken_or_refused(data: st.DataObject, api: str) -> None:
+    """A server that sends JSON of another shape than etcd's, anywhere, causes an EtcdError and nothing worse."""
+    def twist(shape: Any) -> Any:
+        if data.draw(st.integers(0, 7)) == 0:
+            return data.draw(JSON)
+        if isinstance(shape, dict):
+            return {name: twist(value) for name, value in shape.items() if data.draw(st.integers(0, 9))}
+        return [twist(value) for value in shape] if isinstance(shape, list) else shape
+
+    class Odd(Etcd):
+        __slots__ = ()
+
+        def _exchange(self, endpoint: Endpoint, method: str, target: str, headers: Any, body: bytes, limit: int,
+                      request: str) -> Answer:
+            shape = next((shape for path, shape in SHAPES.items() if target.startswith(path)), {})
+            text = json.dumps(twist(shape)).encode()
+            status = data.draw(st.sampled_from([200] * 9 + [400, 404, 503]))
+            return parsed(b"HTTP/1.1 %d X\r\nX-Etcd-Index: 5\r\nContent-Length: %d\r\n\r\n%s" % (
+                status, len(text), text), limit=10_000)
+
+    login = {"username": Secret("U", "app"), "password": Secret("P", "x")} if data.draw(st.booleans()) else {}
+    client = Odd(["http://127.0.0.1:1"], api=api, scheme="http", answer_timeout=0.01, **login)  # type: ignore[arg-type]
+    endpoint = client.endpoints[0]
+    for ask in (lambda: client.get("/a"), lambda: client.read(["/a"]), lambda: client._leads(endpoint),
+                lambda: client._auth_state(endpoint), lambda: client._server_version(endpoint)):
+        with suppress(EtcdError):
+            ask()
 
 
 def test_what_comes_behind_an_answer_is_not_taken_for_the_next_one() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import eventually, need
 from support.certificates import Authority, Certificate
 from support.container import Container
@@ -255,6 +257,18 @@ def test_mangled_pem_text_is_understood(authority: Authority, form: str) -> None
     assert len(tls.context().get_ca_certs()) == 1
 
 
+@settings(deadline=None)
+@given(st.sampled_from(["CERTIFICATE", "PRIVATE KEY", "X", "EC PRIVATE KEY"]), st.one_of(
+    st.text(max_size=80), st.binary(max_size=120).map(lambda data: base64.b64encode(data).decode())), st.booleans())
+def test_any_text_is_a_credential_or_is_refused(label: str, body: str, wrapped: bool) -> None:
+    text = f"-----BEGIN {label}-----\n{body}\n-----END {label}-----" if wrapped else body
+    for sources in ((Secret("ETCD_CA", text), None, None), (None, Secret("ETCD_CERT", text), Secret("ETCD_KEY", text))):
+        try:
+            Tls(*sources).context()
+        except UsageError as error:
+            assert str(error).startswith("cannot ") and "\n" not in etcdinit.printable(str(error))
+
+
 def test_chains_and_combined_files_are_understood(authority: Authority, tmp_path: Path) -> None:
     ours, other = authority.issue(), authority.issue()
     both = tmp_path / "both.pem"
@@ -295,8 +309,11 @@ def test_an_unknown_authority_is_refused_with_the_remedy(secure: EtcdServer, tmp
 
 
 def test_a_certificate_must_be_for_the_endpoint_or_the_name_that_is_set(tmp_path: Path, authority: Authority) -> None:
-    server = tls_server("3.5", tmp_path, authority, authority.issue("DNS:etcd.example.org"))
+    certificate = authority.issue("DNS:etcd.example.org")
+    server = tls_server("3.5", tmp_path, authority, certificate)
     try:
+        trusted = {"ETCD_CA": certificate.cert, "ETCD_TLS_SERVER_NAME": "etcd.example.org"}  # itself, not its authority
+        assert value_of_a(server.url, **trusted) is None
         with pytest.raises(EtcdTlsError, match="is not for the address 127.0.0.1 .*ETCD_TLS_SERVER_NAME"):
             value_of_a(server.url, ETCD_CA=authority.pem)
         with pytest.raises(EtcdTlsError, match="is not for localhost .*ETCD_TLS_SERVER_NAME"):
@@ -947,13 +964,15 @@ def test_the_walk_ends_where_the_way_does(secure: EtcdServer, authority: Authori
     for environ, step, text in (
         ({}, "environment", "nothing tells where etcd is"),
         ({"ETCD_ENDPOINTS": "127.0.0.1", "ETCD_CA": "nonsense"}, "environment", "cannot use ETCD_CA"),
+        ({"ETCD_ENDPOINT": "a:1", "ETCD_SERVICE_HOST": "10.0.0.1", "ETCD_PORT": "tcp://10.0.0.1:2379"}, "environment",
+         "2379); ETCD_ENDPOINT is no setting, did you mean ETCD_ENDPOINTS?"),
         ({"ETCD_ENDPOINTS": "http://127.0.0.1:1"}, "connect", "connection refused"),
         ({"ETCD_ENDPOINTS": secure.url}, "TLS", "not trusted here"),
         ({"ETCD_ENDPOINTS": secure.url.replace("https", "http")}, "etcd", "is it https"),
         ({"ETCD_ENDPOINTS": secure.url, "ETCD_CA": authority.pem}, "read", "no key at or below /nope in API v3"),
     ):
         found = steps(["/nope"], **environ)
-        assert found[-1][:2] == (step, False) and text in found[-1][2]
+        assert found[-1][:2] == (step, False) and text in found[-1][2] and "ETCD_PORT" not in found[-1][2]
         assert all(passable for _, passable, _ in found[:-1])
     enable_auth(guarded)
     found = steps(["/app"], ETCD_ENDPOINTS=guarded.url)
