@@ -9324,6 +9324,7 @@ def backoff(attempts: int, first: float, limit: float) -> float:
 # A change is journalled: undo/N, then phase "swap", the swaps, phase "reload", the reload, phase "verify", phase "".
 # Whoever finds "swap" puts the old files back; the other phases go on where they are.
 
+RENDERER = "confd"  # the service that renders files; it is built in
 STATE_DIRECTORY = ".confd"  # below RUN; s6-svscan passes over names with a dot
 UNDO_LIMIT = 8  # generations of files that can be taken back
 HISTORY_LIMIT = 100  # changes that are remembered
@@ -9380,6 +9381,7 @@ class Bond:
         self.verify, self.timeout, self.questions, self.secret = 0.0, 60.0, list[str](), False
         self.command: Command | None = None
         self.due, self.attempts, self.told = 0.0, 0, ""
+        self.was_held = False
         self.awaiting = False  # whether it has to come up
         self.pid, self.deaths_left = 0, 0  # of the process that counts, or must not be the one; deaths that may happen
         self.until = self.patience = self.ask_at = 0.0
@@ -9446,6 +9448,12 @@ class Bond:
         return min(times)
 
     # -- what a render brings
+
+    def wait(self, why: str) -> None:
+        """Nothing can be rendered so far."""
+        if not self.released and why != self.why:
+            self.why = why
+            self._save()
 
     def refuse(self, revision: int, why: str) -> None:
         """The files of this revision cannot be made, or are not wanted: the old ones stay."""
@@ -9874,6 +9882,60 @@ def lock_state(run: str) -> int:
     return fd
 
 
+def bond_state(run: str, name: str) -> dict[str, Any]:
+    """What the renderer says of the files of a service, for people; {} if it has none."""
+    try:
+        state = json.loads(read_small(f"{run}/{STATE_DIRECTORY}/{name}/state", 1 << 20) or b"{}")
+        if not state:
+            return {}
+        generations = state["generations"]
+        return {"revision": state["revision"] if state["revision"] >= 0 else None, "why": mask(state["why"]) or None,
+                "wanted": state["wanted"] if state["wanted"] >= 0 else None, "phase": state["phase"] or None,
+                "held": os.path.exists(f"{run}/{STATE_DIRECTORY}/{name}/hold"),
+                "can_roll_back": bool(generations) and generations[-1]["before"] >= 0}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def renderer_problem(run: str) -> str:
+    """Why the renderer has not everything right, "" if it has."""
+    try:
+        return (read_small(f"{run}/{STATE_DIRECTORY}/problem", 65536) or b"").decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def bound_history(run: str, name: str) -> list[dict[str, Any]]:
+    """The last changes of the files of a service: time (s since the epoch), revision, files, result, why, seconds."""
+    try:
+        lines = (read_small(f"{run}/{STATE_DIRECTORY}/{name}/history", 1 << 22) or b"").splitlines()
+        return [{"service": name, **json.loads(line)} for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def ask_renderer(run: str, name: str, request: str) -> None:
+    """Leave a request (hold, release, rollback) for the renderer, and wake it. Error if none is there to take it."""
+    place = f"{run}/{STATE_DIRECTORY}"
+    if not os.path.isdir(f"{place}/{name}"):
+        known = [each for each in os.listdir(place) if os.path.isdir(f"{place}/{each}")] if os.path.isdir(place) else []
+        raise Error(f"{name} is not bound to any files{nearest(name, known)}")
+    try:
+        if request == "release":
+            remove_file(f"{place}/{name}/hold")
+        os.close(os.open(f"{place}/{name}/{request}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        fd = os.open(f"{place}/lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise Error(f"no renderer runs that could do it now: it will when it starts (etcdinit status {RENDERER})")
+        except BlockingIOError:
+            os.kill(int(os.read(fd, 32)), signal.SIGUSR1)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot ask the renderer to {request} {name}: {reason(error)}") from None
+
+
 class Unit:
     """What is changed together: one resource, or those of a service, which is then bound to them (bond).
 
@@ -9932,11 +9994,13 @@ class Renderer:
         self.reread = False  # SIGHUP has come
         self.asked = False  # SIGUSR1 has come: a verb has left a request
         self._lock = -1  # of the state of services
+        self._problem = ""  # what keeps this from being ready, as it was told last
         self._sound = True  # conf.d could be read whole
         self._stamps: list[tuple[str, Any]] = []  # of conf.d's files
         self._files_at = self._pass_at = self._read_at = 0.0
         self._missed_at, self._compared_at = float("inf"), 0.0
         self._reads_failed = 0
+        self._away_reason = ""
         self._away_since = self._told_at = 0.0  # since when etcd is away; when that is to be told
 
     def run(self) -> NoReturn:
@@ -9946,6 +10010,11 @@ class Renderer:
         signal.signal(signal.SIGUSR1, self._on_request)
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         try:
+            if self.options.optional and self.options.door:  # we are a service
+                try:
+                    self._lock = lock_state(self.options.run)
+                except OSError as error:
+                    log.debug(f"cannot keep a state in {self.options.run}: {reason(error)}")
             self._load(resources_of(self.options))
             while True:
                 self._step()
@@ -9991,10 +10060,26 @@ class Renderer:
             if not reload.command and reload.due <= now() and not (busy and reload.due == 0.0):
                 reload.command, reload.again = Command(text, reload.timeout), False
                 reload.command.start()
+        self._report()
         if self.ready and self._sound and self.watch and all(unit.done for unit in self.units):
             log.info("every template resource is rendered")
             self.ready()
             self.ready = None
+
+    def _report(self) -> None:
+        """Write down for `etcdinit status` what keeps us from having everything right."""
+        problem = "; ".join(dict.fromkeys(unit.told for unit in self.units if unit.told))
+        if not self._sound:
+            problem = "a file of conf.d has a mistake (etcdinit check)"
+        if self._away_since and not self.watch:
+            problem = self._away_reason
+        if problem != self._problem and self._lock >= 0:
+            self._problem = problem
+            place = f"{self.options.run}/{STATE_DIRECTORY}"
+            try:
+                replace_file(f"{place}/problem", mask(problem).encode("utf-8", "replace"), 0o600)
+            except OSError as error:
+                log.error(f"cannot write in {place}: {reason(error)}")
 
     def _descriptors(self) -> list[int]:
         found: list[int] = self.watch.descriptors() if self.watch else []
@@ -10055,8 +10140,8 @@ class Renderer:
             bond = unit.bond
             if not bond:
                 continue
-            if bond.asked("release"):
-                bond.bad = ""
+            if bond.asked("release") or bond.held != bond.was_held:
+                bond.was_held, bond.bad = bond.held, ""
                 unit.touch(0.0)
             if bond.asked("rollback"):
                 why_not = bond.take_back("etcdinit rollback")
@@ -10232,6 +10317,9 @@ class Renderer:
     # -- etcd is away
 
     def _away(self, error: Error) -> None:
+        self._away_reason = f"waiting for etcd: {error}"
+        for bond in self.bonds.values() if not self.watch else ():
+            bond.wait(self._away_reason)
         if not self._away_since:
             self._away_since = now()
             self._told_at = now() + (OUTAGE_SILENCE if self.watch else 0.0)
@@ -11392,9 +11480,6 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def _no_action(number: int, frame: object) -> None:
     """What a signal does itself; set_wakeup_fd has told the loop of it already."""
-
-
-RENDERER = "confd"  # the service that renders files; it is built in
 
 
 class Supervisor:
@@ -13027,7 +13112,9 @@ def wait_for(names: Sequence[str], state: str, any_of_them: bool, timeout: float
                 raise Error(f"{failed[0].name} will not be {state}: it {failed[0].failed}")
             left = None if deadline is None else deadline - now()
             if left is not None and left <= 0:
-                log.error(f"not {state} after {timeout:g}s: {' '.join(watch.name for watch in missing)}")
+                for watch in missing:
+                    problem = describe(watch.name, watch.directory, lines=False)["problem"]
+                    log.error(f"not {state} after {timeout:g}s: {watch.name}" + (f" ({problem})" if problem else ""))
                 return EXIT_TIMEOUT
             if left is None or left > 5.0:
                 left = 5.0  # a supervisor that was killed sends no event
@@ -13093,7 +13180,12 @@ def describe(name: str, directory: str, lines: bool = True) -> dict[str, Any]:
         or (f"waits for {note['waits']}" if "waits" in note else None)
         or (f"unhealthy: {note['unhealthy']}" if "unhealthy" in note and status.up else None),
         "next_start": _iso(_note_ns(note.get("next", ""))) if state == "down" and status.flags & WANTUP else None,
+        "configuration": bond_state(os.path.dirname(directory), name) or None,
     }
+    why = (known["configuration"] or {}).get("why") or (
+        renderer_problem(os.path.dirname(directory)) if name == RENDERER else "")
+    if why and (known["problem"] == "waits for configuration" or name == RENDERER and not known["problem"]):
+        known["problem"] = (known["problem"] + ": " if known["problem"] else "") + why
     if lines:
         known["output"] = last_lines(directory)
     return known
@@ -13128,6 +13220,11 @@ def status_line(known: Mapping[str, Any]) -> str:
         parts.append(f"wanted {known['wanted']}")
     if known["deaths"]:
         parts.append(f"{known['deaths']} deaths")
+    files = known["configuration"] or {}
+    if files.get("revision") is not None:
+        parts.append(f"revision {files['revision']}" + (f" (wanted {files['wanted']}: {files['why']})" if files["why"]
+                                                        else f" ({files['phase']})" if files["phase"] else ""))
+    parts.append("held" if files.get("held") else "")
     parts.append(known["problem"] or "")
     return f"{known['name']:16} " + ", ".join(part for part in parts if part)
 
@@ -13731,6 +13828,57 @@ def _listen(directories: Sequence[str]) -> list[Listener]:
     return listeners
 
 
+def history_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit history."""
+    run = setting("run", flags)
+    names = words or sorted(name for name in os.listdir(f"{run}/{STATE_DIRECTORY}")) if os.path.isdir(
+        f"{run}/{STATE_DIRECTORY}") else words
+    rows = sorted((row for name in names for row in bound_history(run, name)), key=lambda row: row["time"])
+    if flags.get("json"):
+        write_out(json.dumps(rows, indent=2) + "\n")
+        return EXIT_OK
+    for row in rows:
+        took = f"{row['seconds']:.3f}s" if row["seconds"] is not None else "-"
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["time"]))
+        write_out(printable(f"{moment} {row['service']:16} {row['revision']:8} {row['result']:10} {took:>9} "
+                            f"{' '.join(row['files']) or '-'}{': ' * bool(row['why'])}{row['why']}") + "\n")
+    return EXIT_OK
+
+
+def rollback_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit rollback."""
+    run, name = setting("run", flags), words[0]
+    state = bond_state(run, name)
+    if state and not state["can_roll_back"]:
+        raise Error(f"{name} has no files to go back to")
+    before = bound_history(run, name)[-1:]
+    ask_renderer(run, name, "rollback")
+    deadline = now() + (_patience(flags) or 10.0)
+    while now() < deadline:
+        last = bound_history(run, name)[-1:]
+        if last != before and last[0]["result"] == "taken back":
+            log.info(f"{name} has the files of revision {bond_state(run, name).get('revision')} until a key of theirs "
+                     f"changes (etcdinit hold {name}: longer)")
+            return EXIT_OK
+        time.sleep(0.02)
+    log.error(f"{name} is not rolled back so far; the log of {RENDERER} tells why")
+    return EXIT_TIMEOUT
+
+
+def hold_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit hold."""
+    for name in words:
+        ask_renderer(setting("run", flags), name, "hold")
+    return EXIT_OK
+
+
+def release_verb(words: list[str], flags: dict[str, Any]) -> int:
+    """etcdinit release."""
+    for name in words:
+        ask_renderer(setting("run", flags), name, "release")
+    return EXIT_OK
+
+
 def rescan_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit rescan."""
     scan_command(setting("run", flags), "h")
@@ -13806,6 +13954,19 @@ VERBS = {row.name: row for row in (
     Verb("status", "[NAME ...]", ("json", "follow", *_RUN_FLAGS),
          "Show how services fare; of named ones the last lines of output too.",
          "etcdinit status\netcdinit status --json nginx", status_verb),
+    Verb("history", "[NAME ...]", ("json", *_RUN_FLAGS),
+         "Show the last changes of the files that services are bound to.\n"
+         "Time, service, revision, result (live, refused, taken back, failed), time from key to proof, files, reason.",
+         "etcdinit history nginx", history_verb),
+    Verb("rollback", "NAME", ("timeout", *_RUN_FLAGS),
+         "Bring back the files that a service had before its last change, and reload it.\n"
+         "They stay until a key of theirs changes. Up to eight changes can be taken back, one after another.",
+         "etcdinit rollback nginx", rollback_verb),
+    Verb("hold", "NAME [NAME ...]", _RUN_FLAGS, "Keep the files of services as they are, whatever keys change.",
+         "etcdinit hold nginx", hold_verb),
+    Verb("release", "NAME [NAME ...]", _RUN_FLAGS,
+         "End a hold; try again what a service did not bear or what was rolled back.",
+         "etcdinit release nginx", release_verb),
     Verb("rescan", "", _RUN_FLAGS, "Start services that are new in the directory, stop those that vanished.",
          "etcdinit rescan", rescan_verb),
     Verb("shutdown", "[CODE]", _RUN_FLAGS, "End the container, with an exit code.",

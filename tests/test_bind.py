@@ -69,9 +69,9 @@ class Bound(Container):
         return self.enter("sh", "-c", f"cat /run/{path} 2>/dev/null || true").stdout
 
     def status(self, name: str = "app") -> dict[str, Any]:
-        """What `status --json` says."""
-        known: dict[str, Any] = json.loads(self.verb("status", "--json", name).stdout)
-        return known
+        """What `status --json` says; with nothing in it before the service is supervised."""
+        known: dict[str, Any] = json.loads(self.verb("status", "--json", name).stdout or "{}")
+        return {"problem": "", "state": "", **known}
 
     def history(self, name: str = "app") -> list[dict[str, Any]]:
         """What is recorded of changes."""
@@ -290,6 +290,104 @@ def test_an_essential_service_can_be_restarted_by_its_configuration(box: Bound) 
     box.etcd.put("/app/word", "two")
     box.says("loaded two")
     eventually(lambda: box.results() == ["live", "live"])
+
+
+# ---- what a person sees and does --------------------------------------------------------------------------
+
+def test_status_tells_which_key_is_missing(box: Bound) -> None:
+    box.daemon()
+    box.resource("app.conf", required=["/app/port"], template='{{getv "/app/word" ""}}')
+    box.etcd.put("/app/word", "one")
+    box.start()
+    eventually(lambda: "waits for configuration: " in box.verb("status", "app").stdout)
+    assert "required key /app/port does not exist" in box.status()["problem"]
+    assert "required key /app/port does not exist" in box.status("confd")["problem"]
+    waited = box.verb("wait", "app", "--timeout", "0.1s")
+    assert waited.returncode == 99 and "app (waits for configuration: " in waited.stderr
+    box.etcd.put("/app/port", "80")
+    box.says("loaded one")
+    eventually(lambda: not box.status()["problem"] and not box.status("confd")["problem"])
+
+
+@pytest.mark.parametrize(("name", "text", "told"), [
+    ("confd/templates/app.conf.tmpl", "{{if}}", "missing value for if"),
+    ("confd/templates/app.conf.tmpl", "{{getv 3}}", "expected string; found 3"),
+    ("confd/conf.d/app.conf.toml", '[template]\nservice = "app"\nsrc = 3\n', "a file of conf.d has a mistake"),
+    ("confd/conf.d/app.conf.toml", '[template]\nservice = "app"\n[[[\n', "a file of conf.d has a mistake"),
+])
+def test_a_start_with_a_broken_template_or_resource(box: Bound, name: str, text: str, told: str) -> None:
+    box.daemon()
+    box.resource("app.conf")
+    good = box.text(name)
+    box.write(name, text)
+    box.etcd.put("/app/word", "one")
+    box.start()
+    eventually(lambda: told in (box.status("confd")["problem"] or ""), what=told)
+    assert box.status()["problem"].startswith("waits for configuration")
+    assert box.status()["state"] == "down" and box.verb("wait", "app", "--timeout", "0.1s").returncode == 99
+    assert box.verb("render", "--once").returncode == 1
+    box.write(name, good)
+    box.says("loaded one")
+
+
+def test_a_start_without_etcd(box: Bound) -> None:
+    box.daemon()
+    box.resource("app.conf")
+    box.etcd.put("/app/word", "one")
+    box.etcd.kill()
+    try:
+        box.start()
+        eventually(lambda: "waiting for etcd: " in (box.status()["problem"] or ""))
+        assert box.status()["problem"].startswith("waits for configuration: waiting for etcd: ")
+        assert "waiting for etcd: " in box.status("confd")["problem"] and "waiting for etcd: " in box.text("log")
+        assert box.verb("render", "--once").returncode == 3
+    finally:
+        box.etcd.start()
+    box.says("loaded one")
+
+
+def test_a_longest_outage_ends_the_container(box: Bound) -> None:
+    box.environ |= {"ETCD_ENDPOINTS": "http://127.0.0.1:1", "ETCDINIT_MAX_OUTAGE": "1s"}
+    box.daemon()
+    box.resource("app.conf")
+    box.start()
+    assert box.end() == 3
+
+
+def test_a_change_can_be_rolled_back_by_hand_and_released(box: Bound) -> None:
+    dest = started(box)
+    assert box.verb("rollback", "app").returncode == 1  # there is nothing before the first files
+    box.etcd.put("/app/word", "two")
+    box.says("loaded two")
+    done = box.verb("rollback", "app")
+    assert done.returncode == 0 and dest.read_text() == "one\n", done.stderr
+    box.says("loaded one", times=2)
+    eventually(lambda: box.status()["configuration"]["phase"] is None)
+    known = box.status()["configuration"]
+    assert known["revision"] < known["wanted"] and known["why"] == "etcdinit rollback"
+    assert f"revision {known['revision']} (wanted {known['wanted']}: etcdinit rollback)" in box.verb("status").stdout
+    assert box.verb("release", "app").returncode == 0
+    box.says("loaded two", times=2)
+    eventually(lambda: box.results() == ["live", "taken back", "live"] or box.results() == [
+        "live", "live", "taken back", "live"])
+    lines = box.verb("history", "app").stdout.splitlines()
+    assert len(lines) == len(box.results()) and lines[-1].split()[1] == "app" and str(dest) in lines[-1]
+    assert json.loads(box.verb("history", "--json").stdout)[-1]["result"] == "live"
+
+
+def test_a_hold_keeps_the_files_until_it_is_released(box: Bound) -> None:
+    dest = started(box)
+    assert box.verb("hold", "app").returncode == 0
+    eventually(lambda: box.status()["configuration"]["why"] == "held by etcdinit hold")
+    box.etcd.put("/app/word", "two")
+    pid = box.status("confd")["pid"]
+    box.enter("kill", "-9", str(pid))
+    eventually(lambda: (box.status("confd")["pid"] or pid) != pid and box.status("confd")["ready"])
+    eventually(lambda: box.status()["configuration"]["wanted"] > box.status()["configuration"]["revision"])
+    assert dest.read_text() == "one\n" and ", held" in box.verb("status", "app").stdout
+    assert box.verb("release", "app").returncode == 0
+    box.says("loaded two")
+    assert box.verb("hold", "nobody").returncode == 1
 
 
 # ---- variables from keys ------------------------------------------------------------------------------------
