@@ -12930,20 +12930,20 @@ def send_command(directory: str, commands: str) -> None:
         os.close(fd)
 
 
-def send_signal(directory: str, number: int) -> None:
+def send_signal(name: str, directory: str, number: int) -> None:
     """Send a signal to a service: by its control FIFO, or as itself if s6 has no command for it. Error."""
     known = {**SIGNAL_BYTES, "p": SIGNALS["STOP"], "c": SIGNALS["CONT"]}
     byte = next((byte for byte, meant in known.items() if meant == number), "")
     status = read_status(directory)
     if not status.up:
-        raise Error(f"cannot signal {os.path.basename(directory)}: it is not up")
+        raise Error(f"cannot signal {name}: it is not up")
     if byte:
         send_command(directory, byte)
         return
     try:
         os.kill(status.pid, number)
     except OSError as error:
-        raise Error(f"cannot signal {os.path.basename(directory)}: {reason(error)}") from None
+        raise Error(f"cannot signal {name}: {reason(error)}") from None
 
 
 HANDLERS_SET = 1.0  # seconds up after which a service that cannot tell readiness has set up its signal handlers
@@ -13012,7 +13012,7 @@ class ServiceDoor:
 
     def signal(self, number: int) -> None:
         """Send a signal. Error."""
-        send_signal(self.directory, number)
+        send_signal(self.name, self.directory, number)
 
     def lines(self) -> list[str]:
         """The last lines that it wrote, if our supervisor keeps them."""
@@ -13755,7 +13755,7 @@ def signal_verb(words: list[str], flags: dict[str, Any]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     for word in words[1:]:
-        send_signal(service_path(word, setting("run", flags)), number)
+        send_signal(word, service_path(word, setting("run", flags)), number)
     return EXIT_OK
 
 
