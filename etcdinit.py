@@ -3360,6 +3360,13 @@ def clean_key(*parts: str) -> str:
     return "/" + "/".join(names)
 
 
+def parents(key: str) -> Iterator[str]:
+    """The directories above a cleaned key, from the nearest to "/"."""
+    while key != "/":
+        key = key.rpartition("/")[0] or "/"
+        yield key
+
+
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
@@ -8022,20 +8029,27 @@ def resource_files(directory: str) -> list[str]:
     because what counts are the links that point into them. OSError if conf.d cannot be read.
     """
     found: list[str] = []
-    seen: set[str] = set()
+    seen: set[object] = set()
 
-    def walk(directory: str, above: frozenset[str]) -> None:
-        real = os.path.realpath(directory)
-        if real in above:
+    def walk(directory: str, above: frozenset[object]) -> None:
+        here = os.stat(directory)
+        around = above | {(here.st_dev, here.st_ino)}
+        if around == above:
             return  # a link to a directory above itself
         for name in sorted(os.listdir(directory), key=os.fsencode):
             path = f"{directory}/{name}"
             if name.startswith(".."):
                 continue
-            if os.path.isdir(path):
-                walk(path, above | {real})
-            elif name.endswith("toml") and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
+            try:
+                status = os.stat(path)
+                there: object = status.st_dev, status.st_ino
+                if stat.S_ISDIR(status.st_mode):
+                    walk(path, around)
+                    continue
+            except FileNotFoundError:  # a link that leads nowhere
+                there = path
+            if name.endswith("toml") and there not in seen:
+                seen.add(there)
                 found.append(path)
 
     walk(directory, frozenset())
@@ -9989,7 +10003,8 @@ class Renderer:
         self.watch: Any = None
         self.units: list[Unit] = []
         self.bonds: dict[str, Bond] = {}
-        self.views: dict[tuple[str, tuple[str, ...]], KeyTree] = {}
+        self.views: dict[tuple[str, tuple[str, ...]], KeyTree] = {}  # what a prefix and keys show
+        self.scopes: dict[str, list[tuple[str, KeyTree]]] = {}  # a key: the views that hold all below it, their prefix
         self.reloads: dict[str, Reload] = {}
         self.reread = False  # SIGHUP has come
         self.asked = False  # SIGUSR1 has come: a verb has left a request
@@ -10161,7 +10176,7 @@ class Renderer:
         if not resources and not kept and not findings:
             log.warning("Found no templates")
         self._abandon_checks()
-        self.views, self.units = {}, []
+        self.views, self.scopes, self.units = {}, {}, []
         tables = service_tables(self.options.services)
         resources += environments(tables, self.options) if not self.options.names else []
         for each in together([*resources, *kept], tables):
@@ -10187,7 +10202,10 @@ class Renderer:
         """What a resource sees of the mirror; the same for those that see the same."""
         seen = resource.prefix, resource.keys
         if seen not in self.views:
-            self.views[seen] = self.mirror.tree.under(*seen)
+            view = self.views[seen] = self.mirror.tree.under(*seen)
+            for key in resource.keys:
+                scope = self.scopes.setdefault(clean_key(resource.prefix, key), [])
+                scope.append((clean_key(resource.prefix).rstrip("/"), view))
         return self.views[seen]
 
     def _conf_stamps(self) -> list[tuple[str, Any]]:
@@ -10291,23 +10309,21 @@ class Renderer:
     def _tell(self, changed: Mapping[str, bool], quiet: float) -> None:
         """Bring the views up to date, and have those resources rendered that have asked for what changed."""
         values = self.mirror.tree.values_by_key
-        for (prefix, keys), view in self.views.items():
-            inside = at_or_below([clean_key(prefix, key) for key in keys])
-            top = clean_key(prefix).rstrip("/")
-            seen: dict[str, bool] = {}
-            for key, came_or_went in changed.items():
-                if inside(key):
+        seen: dict[int, dict[str, bool]] = {}  # what changed in each view
+        for key, came_or_went in changed.items():
+            for place in (key, *parents(key)):
+                for top, view in self.scopes.get(place, ()):
                     name = key.removeprefix(top) or "/"
-                    seen[name] = came_or_went
+                    seen.setdefault(id(view), {})[name] = came_or_went
                     if key in values:
                         view.put(name, values[key])
                     else:
                         view.delete(name)
-            for unit in self.units if seen else ():
-                for page in unit.pages:
-                    if page.view is view and page.asked and page.asked.touched(seen):
-                        unit.attempts = 0
-                        unit.touch(quiet, page.resource)
+        for unit in self.units if seen else ():
+            for page in unit.pages:
+                if id(page.view) in seen and page.asked and page.asked.touched(seen[id(page.view)]):
+                    unit.attempts = 0
+                    unit.touch(quiet, page.resource)
 
     def _close_watch(self) -> None:
         if self.watch:

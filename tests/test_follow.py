@@ -21,7 +21,17 @@ from support.follow import Follow, holds
 from support.image import Image
 from support.proxy import Proxy
 
-from etcdinit import Asked, KeyTree, Template, UsageError, glob_regex, parse_resources, store_functions
+from etcdinit import (
+    Asked,
+    KeyTree,
+    Renderer,
+    RenderOptions,
+    Template,
+    UsageError,
+    glob_regex,
+    parse_resources,
+    store_functions,
+)
 
 # ---- what a template has asked for --------------------------------------------------------------------
 
@@ -88,6 +98,25 @@ def test_a_malformed_pattern_matters_whatever_changes() -> None:
     assert asked.touched({"/b": False})
     with pytest.raises(ValueError):
         glob_regex("/a[")
+
+
+# ---- what resources see -------------------------------------------------------------------------------
+
+SCOPES = [("", '["/"]'), ("", '["/a"]'), ("/a", '["/b"]'), ("/a", '["/b", "/b/x", "/d"]'), ("", '["/a/b", "/c/"]'),
+          ("/b", '["/"]'), ("/a/d", '["x"]')]
+
+
+@given(st.dictionaries(st.sampled_from([*KEYS, "/", "/ab", "/a/bc"]), st.sampled_from("12"), max_size=7),
+       st.lists(st.tuples(st.sampled_from([*KEYS, "/", "/ab", "/a/bc"]), st.sampled_from(["", "1", "2"])), max_size=6))
+def test_what_resources_see_is_kept_current(keys: dict[str, str], changes: list[tuple[str, str]]) -> None:
+    renderer = Renderer(None, RenderOptions("nowhere"), 600.0)
+    renderer.mirror.replace(1, keys.items())
+    resources = [parse_resources(f'[template]\nsrc = "a"\ndest = "/b"\nprefix = "{prefix}"\nkeys = {listed}\n',
+                                 "a", "a")[0][0] for prefix, listed in SCOPES]
+    views = [renderer._view(resource) for resource in resources]
+    for revision, (key, value) in enumerate(changes, 2):
+        renderer._tell(renderer.mirror.apply([(revision, "put" if value else "delete", key, value)]), 0.0)
+        assert views == [renderer.mirror.tree.under(resource.prefix, resource.keys) for resource in resources]
 
 
 # ---- debounce -----------------------------------------------------------------------------------------
