@@ -3532,7 +3532,9 @@ class KeyTree:
     def _names(self, path: str) -> list[str]:
         names = self._sorted.get(path)
         if names is None:
-            names = self._sorted[path] = bytewise(self._index().get(path, ()))
+            names = bytewise(self._index().get(path, ()))
+            if names:  # there is no end of directories that do not exist
+                self._sorted[path] = names
         return names
 
     def _collect(self, path: str, found: list[str]) -> None:
@@ -8301,10 +8303,9 @@ class Asked:
         """True if the answer to something that was asked may be another now; changed: as Mirror tells it."""
         if self._places is None:
             self._places = {}
-            for pattern in self.patterns:
-                if pattern not in self._regexes:
-                    self._regexes[pattern] = _pattern_place(pattern)
-                place, regex = self._regexes[pattern]
+            known = self._regexes
+            self._regexes = {pattern: known.get(pattern) or _pattern_place(pattern) for pattern in self.patterns}
+            for place, regex in self._regexes.values():
                 self._places.setdefault(place, []).append(regex)
             self._listed = {clean_key(path).rstrip("/") for path in self.directories}
         for key, came_or_went in changed.items():
