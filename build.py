@@ -29,7 +29,7 @@ import urllib.request
 import venv
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -131,6 +131,18 @@ def install_packages(missing: Sequence[tuple[str, str, str]], otherwise: str) ->
             POLICY.unlink()
 
 
+@cache
+def debian_mirrors() -> tuple[str, ...]:
+    """From where apt on this machine gets Debian, and its security updates; () where it knows neither."""
+    if not shutil.which("apt-get"):
+        return ()
+    sites = subprocess.run(["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"],
+                           capture_output=True, text=True).stdout.split()
+    plain = [site for site in sites if site.rstrip("/").endswith("debian")]
+    security = [site for site in sites if site.rstrip("/").endswith("debian-security")]
+    return (plain[0], (security or [plain[0].rstrip("/") + "-security"])[0]) if plain else ()
+
+
 # ======================================================================================================
 # SOURCES AND RECIPE
 # The static executable: pinned sources, and the steps from them to dist/etcdinit. To read: SOURCES, PATCHES, STEPS,
@@ -160,10 +172,6 @@ SOURCES = {  # Debian's name: source. A newer version is one row to change.
                          "93e583f243454e6e9e4588ca2c2662206ad961659863277afcdb96801647d640",
                          "a51f456e654ce2c9b40cc1db8005e5041cdb0b2c3aa96ab0871c49fe95280366"),
 }
-DEBIAN = """\
-deb-src [trusted=yes] http://deb.debian.org/debian trixie main
-deb-src [trusted=yes] http://deb.debian.org/debian-security trixie-security main
-"""  # trusted: what comes is held against the hashes above, and the machine may be older than trixie's keys
 BUILD_TOOLS = (  # Debian package, a program or file of it, what the build does with it
     ("gcc", "gcc", "compiles"),
     ("binutils", "ld", "links"),
@@ -576,10 +584,10 @@ def held(path: Path, sha256: str) -> Path:
 
 
 def fetch(name: str) -> list[Path]:
-    """Download a source: the .dsc file, tarball and patches of Debian, or upstream's tarball where there is no apt."""
+    """Download a source: .dsc file, tarball and patches of Debian, or upstream's tarball where apt knows no Debian."""
     source, place = SOURCES[name], BUILD / "source"
     place.mkdir(parents=True, exist_ok=True)
-    if not shutil.which("apt-get"):
+    if not debian_mirrors():
         path = place / source.upstream.rpartition("/")[2]
         if not path.exists():
             step(f"download {path.name}", [sys.executable, "-c", "import sys, urllib.request; "
@@ -590,7 +598,9 @@ def fetch(name: str) -> list[Path]:
     if not (place / f"{name}_{source.version}.dsc").exists():
         apt = BUILD / "apt"
         (apt / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-        (apt / "sources.list").write_text(DEBIAN)
+        # trusted: what comes is held against the hashes, and the machine may be older than trixie's keys
+        (apt / "sources.list").write_text("".join(f"deb-src [trusted=yes] {mirror} {suite} main\n" for mirror, suite
+                                                  in zip(debian_mirrors(), ("trixie", "trixie-security"), strict=True)))
         options = [f"-o{key}={value}" for key, value in {
             "Dir::Etc::SourceList": apt / "sources.list", "Dir::Etc::SourceParts": "-",
             "Dir::State::Lists": apt / "lists", "Dir::Cache": apt, "APT::Sandbox::User": "root",
@@ -613,7 +623,7 @@ def fetch(name: str) -> list[Path]:
 def unpack(name: str) -> tuple[Path, str]:
     """(directory, digest) of an unpacked source with Debian's patches and ours."""
     patches = [row for row in PATCHES if row[0] == name]
-    by = "dpkg-source" if shutil.which("dpkg-source") and shutil.which("apt-get") else "tar"
+    by = "dpkg-source" if shutil.which("dpkg-source") and debian_mirrors() else "tar"
     path, stamp = BUILD / "source" / name, digest(SOURCES[name], patches, by)
     if (path / ".unpacked").exists() and (path / ".unpacked").read_text() == stamp:
         return path, stamp

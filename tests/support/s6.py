@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from build import debian_mirrors
 from support import need
 
 RELEASES = {  # s6 release: Debian's name for the distribution that has it, packages
@@ -73,7 +74,7 @@ def s6_release(release: str) -> S6:
         need(shutil.which("s6-svc") and shutil.which("execlineb"), "s6 2.11 (Debian bookworm: apt install s6 execline)")
         return S6(release, "/")
     need(os.getuid() == 0, f"root, to chroot into s6 {release}")
-    need(platform.machine() == "x86_64" and shutil.which("apt-get") and KEYRING.exists(), "Debian's apt")
+    need(platform.machine() == "x86_64" and debian_mirrors() and KEYRING.exists(), "Debian's apt")
     root = CACHE / f"s6-{release}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
@@ -88,7 +89,7 @@ def _unpack(root: Path, suite: str, packages: tuple[str, ...]) -> bool:
     apt = root / "apt"
     for directory in ("lists/partial", "cache/archives/partial", "debs"):
         (apt / directory).mkdir(parents=True)
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {debian_mirrors()[0]} {suite} main\n")
     private = [f"-oDir::Etc::sourcelist={apt}/sources.list", "-oDir::Etc::sourceparts=-",
                f"-oDir::State::lists={apt}/lists", f"-oDir::Cache={apt}/cache",
                "-oDir::State::status=/dev/null", "-oAPT::Sandbox::User=root", "-qq"]
