@@ -1536,7 +1536,7 @@ def bench_orphans(count: int = 10_000) -> None:
         command = [*python, ORPHANS, str(count), str(took)]
         ours = {title: [word.format(place=name) for word in argv]
                 for title, (peer, argv) in supervisors().items() if peer == "ours"}
-        for _ in range(5):  # in turn
+        for _ in range(3):  # in turn
             for title, argv in {"kernel's auto-reap": [*python, AUTO_REAP], **ours}.items():
                 first = subprocess.Popen(["unshare", "-fp", "--mount-proc", "--kill-child", *argv, *command],
                                          stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -1550,7 +1550,7 @@ def bench_orphans(count: int = 10_000) -> None:
                 first.wait()
                 times.setdefault(title, []).append(float(took.read_text().split()[0]) * 1000)
                 took.unlink()
-    say(f"{count:,} orphans at once, ms until all are reaped (median of 5):")
+    say(f"{count:,} orphans at once, ms until all are reaped (median of 3):")
     best = statistics.median(times["kernel's auto-reap"])
     table(("as PID 1", "ms", "ratio", "target"),
           [(title, f"{statistics.median(runs):.0f}", f"{statistics.median(runs) / best:.2f}", "1.2")

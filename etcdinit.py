@@ -11418,7 +11418,7 @@ class Service:
     __slots__ = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
                  "paused", "stamp", "ready_stamp", "ready_since", "next_start", "control", "lock", "notification",
                  "pipe", "output", "output_fds", "note", "vanished", "asked", "policy", "deaths", "up_since",
-                 "check_failures", "untold", "told")
+                 "check_failures", "untold", "told", "fresh")
 
     # what another process image needs to go on with it; the rest is made anew
     SAVED = ("name", "directory", "definition", "state", "deadline", "pid", "pgid", "wstat", "wantup", "ready",
@@ -11449,6 +11449,7 @@ class Service:
         self.check_failures = 0  # health checks that failed in a row
         self.untold = False  # the status file is not up to date
         self.told = False  # to end, by a command: then its end is no failure
+        self.fresh = False  # the live directory has just been brought up to date
 
     @property
     def flags(self) -> int:
@@ -11656,10 +11657,11 @@ class Supervisor:
             self.arm(service, now() + SUPERVISE_AGAIN)
             return False
         notify(event, b"")  # nobody listens to what an earlier supervisor left there
+        service.fresh = not os.path.exists(f"{service.directory}/down")
         service.state, service.pid, service.ready = DOWN, 0, True
         service.asked = False
         service.paused = True  # of a down service: not started yet (s6 2.13.2 and later; others take no notice)
-        service.wantup = not os.path.exists(f"{service.directory}/down")
+        service.wantup = service.fresh
         service.stamp = service.ready_stamp = time.time_ns()
         self.tell(service)
         notify(event, b"s")
@@ -11830,6 +11832,7 @@ class Supervisor:
                 self.trouble(f"{service.name} waits for {name}", "there is no such service", "warning")
             elif service.name in self.needed(name):
                 self.trouble(f"{service.name} waits for {name}", f"which waits for {service.name}: neither can start")
+        service.fresh = service.fresh and not waits_for
         if not waits_for:
             self.start(service)
 
@@ -11872,7 +11875,9 @@ class Supervisor:
         try:
             if "broken" in policy:
                 raise Error(policy["broken"])
-            self.refresh(service)
+            if not service.fresh:
+                self.refresh(service)
+            service.fresh = False
             fds = self.standard_fds(service)
             number = read_number(service.directory, "notification-fd", 0, 2**20)
             if number:
@@ -12177,9 +12182,9 @@ class Supervisor:
         except OSError as error:  # too many processes or descriptors, a full disk
             self.trouble("cannot take all services into supervision", error)
             self.at(now() + SUPERVISE_AGAIN, self.rescan, prune)
-        ready = [service for service in added if self.supervise(service)]
-        for service in ready:
-            self.step(service, "timeout")
+        for service in added:  # each starts while the next is prepared
+            if self.supervise(service):
+                self.step(service, "timeout")
         for service in list(self.services.values()):
             if service.state == DOWN and ("waits" in service.note or
                                           "problem" in service.note and "broken" not in service.policy):
