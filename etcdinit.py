@@ -12458,6 +12458,8 @@ class Init(Supervisor):
         life = self.life()
         wait = next(life)
         while True:
+            while self.signals:
+                self.obey(self.signals.pop(0))
             happened, deadline = wait
             limit = deadline()
             if happened() or (limit is not None and limit <= now()):
@@ -12467,9 +12469,6 @@ class Init(Supervisor):
                     return int(end.value)
                 continue
             self.turn(limit)
-            for number in self.signals:
-                self.obey(number)
-            self.signals.clear()
 
     def leave_to(self, name: str, why: str, code: int) -> int:
         """Execute finish or crash of .s6-svscan, with the reason and the exit code, if there is one; else the code."""
@@ -12495,7 +12494,7 @@ class Init(Supervisor):
             os._exit(self.leave_to("crash", why, 111))
         try:
             self.execute_anew()
-        except OSError as failure:
+        except Exception as failure:  # no memory, no descriptor
             log.error(f"cannot start anew: {reason(failure)}; going on as it is")
             time.sleep(0.1)
 
@@ -12503,31 +12502,37 @@ class Init(Supervisor):
 
     def execute_anew(self) -> None:
         """Execute this program again, with everything it needs to go on; OSError if that cannot be done."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # what comes now waits for the new image
+        fd = -1
+        try:
+            self.read_signals(None)  # what came before goes with the state
+            fd = os.memfd_create("etcdinit state", 0)
+            os.write(fd, self.state())
+            os.lseek(fd, 0, os.SEEK_SET)
+            for kept in [fd, self.scan_lock, self.scan_control, *(fd for service in self.services.values() for fd in (
+                    service.control, service.lock, service.notification, *(service.pipe or ()),
+                    *(service.output_fds or ())))]:
+                if kept >= 0:
+                    os.set_inheritable(kept, True)
+            program = "/proc/self/exe" if os.path.exists("/proc/self/exe") else sys.executable
+            os.execve(program, sys.orig_argv, {**self.environ, STATE_VARIABLE: str(fd)})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if fd >= 0:
+                os.close(fd)
+
+    def state(self) -> bytes:
+        """What adopt() needs to know, descriptors by their numbers."""
         services = [tuple(getattr(service, name) for name in Service.SAVED) +
                     ((service.output.partial, service.output.kept) if service.output else (b"", b""),)
                     for service in self.services.values()]
-        state = marshal.dumps({
+        return marshal.dumps({
             "services": services, "phase": self.phase, "hooks_done": self.hooks_done, "command_pid": self.command_pid,
-            "hook_pid": self.hook_pid, "reaps_orphans": self.reaps_orphans,
+            "hook_pid": self.hook_pid, "signals": self.signals, "reaps_orphans": self.reaps_orphans,
             "reason": self.reason, "code": self.code, "end_begin": self.end_begin, "end_limit": self.end_limit,
             "hurried": self.hurried, "recoveries": self.recoveries, "scan_lock": self.scan_lock,
             "scan_control": self.scan_control, "child_limits": self.child_limits, "oom_kills": self.oom_kills,
             "waiting": bytes(self.outlet.waiting), "policies": self.policies, "directory": self.directory})
-        fd = os.memfd_create("etcdinit state", 0)
-        os.write(fd, state)
-        os.lseek(fd, 0, os.SEEK_SET)
-        for kept in [fd, self.scan_lock, self.scan_control, *(fd for service in self.services.values() for fd in (
-                service.control, service.lock, service.notification, *(service.pipe or ()),
-                *(service.output_fds or ())))]:
-            if kept >= 0:
-                os.set_inheritable(kept, True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # what comes now waits for the new image
-        program = "/proc/self/exe" if os.path.exists("/proc/self/exe") else sys.executable
-        try:
-            os.execve(program, sys.orig_argv, {**self.environ, STATE_VARIABLE: str(fd)})
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            os.close(fd)
 
     def adopt(self, fd: int) -> None:
         """Take over the state that execute_anew left at a descriptor."""

@@ -39,6 +39,15 @@ def compiled_module() -> Path:
     return target
 
 
+@pytest.fixture
+def public_place() -> Iterator[Path]:
+    """A directory that every user may enter and write to; tmp_path is root's alone."""
+    place = Path(tempfile.mkdtemp(prefix="etcdinit-public-"))
+    place.chmod(0o777)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def go() -> Iterator[GoTemplates]:
     """Real Go's text/template with confd's functions; see support/go."""

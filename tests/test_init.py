@@ -408,12 +408,10 @@ def need_path(name: str) -> str:
     return str(path)
 
 
-def test_as_any_user_and_not_as_process_1(program: list[str], tmp_path: Path) -> None:
+def test_as_any_user_and_not_as_process_1(program: list[str], public_place: Path) -> None:
     """Also without root: orphans come to it, its end is the end of all that came from it, and of nobody else."""
     need(os.getuid() == 0, "root, to become another user")
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(0o755)
+    tmp_path = public_place
     public = [shutil.copy(program[-1], tmp_path / "etcdinit")]  # where everybody may read it
     if len(program) > 1:
         public = [need_path("python3"), *program[1:-1], *public]
@@ -518,6 +516,7 @@ def test_numbered_lines_survive_restarts_of_both_ends(container: Container) -> N
     for number in range(6):
         before = container.text("lines/current").count("\n")
         assert container.verb("restart" if number % 2 else "start", "web", "--timeout", "20s").returncode == 0
+        container.up("web/log")
         assert container.verb("signal", "TERM", "web/log").returncode == 0
         eventually(lambda b=before: container.text("lines/current").count("\n") > b + 200)
     container.stop()
@@ -731,8 +730,7 @@ def test_wait_for_any_and_for_one_that_fails_for_good(container: Container) -> N
     container.start()
     container.up("never")
     assert container.verb("wait", "never", "soon", "--any", "--timeout", "20s").returncode == 0
-    assert container.verb("start", "fails").returncode == 0
-    failed = container.verb("wait", "fails", "--timeout", "20s")
+    failed = container.verb("start", "fails", "--timeout", "20s")
     assert failed.returncode == 1 and "fails will not be ready: it failed for good" in failed.stderr
 
 
@@ -755,5 +753,5 @@ def test_svscanctl_of_real_s6_scans_and_ends_it(container: Container) -> None:
     assert container.enter("s6-svscanctl", "-a", "/run/service").returncode == 0
     container.up("new")
     assert container.enter("s6-svstat", "/run/service/new").stdout.startswith("up")
-    assert container.enter("s6-svscanctl", "-t", "/run/service").returncode == 0
+    container.enter("s6-svscanctl", "-t", "/run/service")  # which may end with all the others
     assert container.end() == 0

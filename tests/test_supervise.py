@@ -165,17 +165,14 @@ def test_a_container_that_is_started_again_begins_afresh(container: Container) -
     assert container.end() == 0  # 5 was the exit code of another life
 
 
-def test_who_may_not_write_in_run_can_still_say_the_exit_code(program: list[str], tmp_path: Path) -> None:
+def test_who_may_not_write_in_run_can_still_say_the_exit_code(program: list[str], public_place: Path) -> None:
     need(os.getuid() == 0, "root, to become another user")
-    place = tmp_path / "place"
-    for directory in (place, place / "services/web"):
-        directory.mkdir(parents=True)
+    place = public_place
+    (place / "services/web").mkdir(parents=True)
     (place / "services/web/run").write_text("#!/bin/sh\nexec sleep 1000\n")
     (place / "services/web/run").chmod(0o755)
     (place / "run").mkdir(mode=0o777)
     (place / "run").chmod(0o777)
-    for parent in [place, *list(place.parents)[:4]]:
-        parent.chmod(0o755)
     public = [shutil.copy(program[-1], place / Path(program[-1]).name)]
     if len(program) > 1:
         public = [str(shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")), *program[1:-1], *public]
@@ -332,14 +329,12 @@ def test_a_read_only_run_directory_is_survived(container: Container) -> None:
     assert container.stop() < 20
 
 
-def test_too_few_processes_are_survived(program: list[str], tmp_path: Path) -> None:
+def test_too_few_processes_are_survived(program: list[str], public_place: Path) -> None:
     """EAGAIN on fork: told, tried again a little later; commands are still obeyed."""
     need(os.getuid() == 0, "root, to become another user")
-    place = Path("/tmp") / f"etcdinit-few-{os.getpid()}"
-    shutil.rmtree(place, ignore_errors=True)
-    (place / "run").mkdir(parents=True)
+    place = public_place
+    (place / "run").mkdir()
     (place / "run").chmod(0o777)
-    place.chmod(0o777)
     for number in range(8):
         service = place / f"services/s{number}"
         service.mkdir(parents=True)
@@ -370,7 +365,6 @@ def test_too_few_processes_are_survived(program: list[str], tmp_path: Path) -> N
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(place)
 
 
 def test_too_few_descriptors_for_pipes_and_policies_are_survived(container: Container) -> None:
