@@ -13650,7 +13650,9 @@ def ls_verb(words: list[str], flags: dict[str, Any]) -> int:
     base = key.rstrip("/")
     names = [name + "/" * (tree.is_dir(f"{base}/{name}") and tree.get(f"{base}/{name}") is None)
              for name in tree.children(key)]
-    write_out("".join(f"{name}\n" for name in names or [key.rpartition("/")[2]] * (key in tree)))
+    names = names or [key.rpartition("/")[2]] * (key in tree)
+    names = list(map(printable, names)) if os.isatty(1) else names  # a key cannot talk to the terminal
+    write_out("".join(f"{name}\n" for name in names))
     return EXIT_OK
 
 

@@ -278,6 +278,13 @@ def test_a_diff_is_coloured_on_a_terminal_only(image: Image) -> None:
     assert image.run("--dry-run", "--diff").out.splitlines()[-3:] == ["-old", "+new", "+\ttab \x1b]0;title\x07"]
 
 
+def test_names_of_keys_cannot_talk_to_a_terminal(image: Image) -> None:
+    image.keys({"a\nb\x1b]0;title\x07": "1"})
+    argv = [*image.program, "ls", "--keys", str(image.home / "keys.json")]
+    assert on_a_terminal(argv, {}).startswith(r"a\nb\x1b]0;title\x07")
+    assert subprocess.run(argv, capture_output=True, check=True).stdout == b"a\nb\x1b]0;title\x07\n"
+
+
 def test_a_reader_that_leaves_is_no_error(image: Image, tmp_path: Path) -> None:
     image.keys({f"k{number:05}": "" for number in range(20_000)})
     for verb in (["ls", "--keys", str(tmp_path / "keys.json")], ["--help"]):

@@ -949,6 +949,18 @@ def test_files_from_a_real_etcd(image: Image, etcd: EtcdServer) -> None:
     assert "b=10.0.0.3" in dest.read_text()
 
 
+def test_bytes_reach_the_file_as_they_are_and_no_message_acts_on_a_terminal(image: Image, etcd: EtcdServer) -> None:
+    every = bytes(range(256))
+    etcd.put("/b/\udcff\n\x1b[31m", every.decode("utf-8", "surrogateescape"))
+    dest = image.resource("a", keys=["/b"])
+    (image.home / "templates" / "a.tmpl").write_bytes(b'\xfe\0{{range gets "/b/*"}}{{.Key}}={{.Value}}{{end}}\x80')
+    image.resource("b", r'{{range ls "/b"}}{{getv (print "/b/" . "?")}}{{end}}', keys=["/b"])
+    ran = image.run("--node", etcd.url, "--diff")
+    assert dest.read_bytes() == b"\xfe\0/b/\xff\n\x1b[31m=" + every + b"\x80"
+    assert r"key does not exist: /b/\xff\n\x1b[31m?" in ran.err and "\x1b" not in ran.err
+    assert ran.err.splitlines()[-1].endswith("2 template resources: 1 updated, 1 failed")
+
+
 def test_files_from_the_v2_api(image: Image, etcd34: EtcdServer) -> None:
     etcd34.put_v2("/app/name", "two")
     dest = image.resource("a", '{{getv "/name"}}', prefix="/app", keys=["/name"])
