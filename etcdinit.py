@@ -3367,8 +3367,13 @@ def parents(key: str) -> Iterator[str]:
         yield key
 
 
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+def utf8(text: str) -> bytes:
+    """The bytes of a text in which surrogates stand for what is not UTF-8, as in Go's strings."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair, which no Go string holds
+        return "".join("�" if "\ud800" <= c <= "\udc7f" or "\udd00" <= c <= "\udfff" else c
+                       for c in text).encode("utf-8", "surrogateescape")
 
 
 def bytewise(texts: Iterable[str]) -> list[str]:
@@ -3377,7 +3382,7 @@ def bytewise(texts: Iterable[str]) -> list[str]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8: Python would sort their surrogates too low
-        return sorted(texts, key=_utf8)
+        return sorted(texts, key=utf8)
     return sorted(texts)
 
 
@@ -3960,15 +3965,6 @@ def go_type(value: object) -> str:
     """Go's name of a value's type, as %T prints it."""
     kind = _go_class(value)
     return _func_type(value) if isinstance(value, Func) else _GO_TYPES.get(kind, _OPAQUE)
-
-
-def utf8(text: str) -> bytes:
-    """The bytes of a Go string."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a surrogate pair, which no Go string holds
-        return "".join("�" if "\ud800" <= c <= "\udc7f" or "\udd00" <= c <= "\udfff" else c
-                       for c in text).encode("utf-8", "surrogateescape")
 
 
 def go_string(data: bytes) -> str:
@@ -6398,7 +6394,7 @@ class _Parser:
         elif kind in _PRINTED_AS_WORD:
             shown = f"<{text}>"
         else:
-            shown = quote(text[:10]) + "..." if len(text.encode("utf-8", "surrogateescape")) > 10 else quote(text)
+            shown = quote(text[:10]) + "..." if len(utf8(text)) > 10 else quote(text)
         self.fail(f"unexpected {shown} in {context}")
 
     def expect(self, kinds: tuple[str, ...], context: str) -> tuple[str, int, str]:
@@ -6834,7 +6830,7 @@ def _less(one: Any, other: Any) -> bool:
     if kind in ("bool", "complex"):
         raise ValueError("invalid type for comparison")
     if kind == "string" and not (one.isascii() and other.isascii()):
-        return _utf8(one) < _utf8(other)
+        return utf8(one) < utf8(other)
     return bool(one < other)
 
 
@@ -6882,7 +6878,7 @@ def _index(item: Any, *indexes: Any) -> Any:
                 raise ValueError(f"value has type {go_type(index)}; should be string")
             item = item.get(index)
         elif isinstance(item, str):
-            data = _utf8(item)
+            data = utf8(item)
             if _position(index, len(data)) == len(data):
                 raise ValueError("reflect: string index out of range")
             item = Uint8(data[index])
@@ -6905,7 +6901,7 @@ def _slice(item: Any, *indexes: Any) -> Any:
     if isinstance(item, str):
         if len(indexes) == 3:
             raise ValueError("cannot 3-index slice a string")
-        data = _utf8(item)
+        data = utf8(item)
     elif not isinstance(item, list):
         raise ValueError(f"can't slice item of type {go_type(item)}")
     size = len(data)
@@ -6917,14 +6913,14 @@ def _slice(item: Any, *indexes: Any) -> Any:
         if low > high:
             raise ValueError(f"invalid slice index: {low} > {high}")
     if isinstance(data, bytes):
-        return data[bounds[0]:bounds[1]].decode("utf-8", "surrogateescape")
+        return go_string(data[bounds[0]:bounds[1]])
     return type(item)((data + [None] * (room - size))[bounds[0]:bounds[1]])
 
 
 def _length(item: Any) -> int:
     """len of a string (in bytes), list or map."""
     if isinstance(item, str):
-        return len(item) if item.isascii() else len(_utf8(item))
+        return len(item) if item.isascii() else len(utf8(item))
     if isinstance(item, (list, dict)):
         return len(item)
     if item is None:
@@ -7663,7 +7659,7 @@ class Template:
         try:
             text.encode()
         except UnicodeEncodeError:  # halves of a character that were cut apart may have met again
-            text = _utf8(text).decode("utf-8", "surrogateescape")
+            text = go_string(utf8(text))
         return text
 
     def _explain(self, error: Exception) -> str:
@@ -7689,7 +7685,7 @@ class Template:
         if node is None:
             return f"template: {self.name}: {message}"
         start = self.text.rfind("\n", 0, node.position) + 1
-        column = len(_utf8(self.text[start:node.position]))
+        column = len(utf8(self.text[start:node.position]))
         place = f"{self.name}:{1 + self.text.count(chr(10), 0, node.position)}:{column}"
         return f"template: {place}: executing {quote(tree)} at <{node.show()}>: {message}"
 

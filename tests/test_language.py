@@ -34,6 +34,11 @@ def test_an_error_tells_its_stage_and_what_was_written_before() -> None:
                         'error calling index: index out of range: 3')
 
 
+def test_halves_of_surrogate_pairs_which_python_reads_from_json_are_no_characters() -> None:
+    data = {"s": "a\ud800", "m": {"\ud800": "x", "b": "y"}}
+    assert render("{{.s}}{{len .s}}{{range .m}}{{.}}{{end}}\ud800", data) == "a\ufffd4yx\ufffd"
+
+
 def test_a_template_can_be_rendered_again_and_again() -> None:
     template = etcdinit.Template("{{$x := 0}}{{range .}}{{$x = .}}{{end}}{{$x}}")
     assert [template.render([1, 2]), template.render([]), template.render([3])] == ["2", "0", "3"]
