@@ -1695,9 +1695,9 @@ class Tls:
         UsageError if the credentials cannot be used; once they could, changed ones that cannot are told and left.
         """
         try:
-            texts = _pem(self.ca, "CERTIFICATE"), _pem(self.cert, "CERTIFICATE"), _pem(self.key, "PRIVATE KEY")
+            texts = tuple(source.text() if source else "" for source in (self.ca, self.cert, self.key))
             if self._context is None or texts != self._made_of:
-                self._context, self._made_of, self._told = self._make(*texts), texts, ""
+                self._context, self._made_of, self._told = self._make(), texts, ""
         except UsageError as error:  # as between the new certificate and its key
             if self._context is None:
                 raise
@@ -1706,7 +1706,8 @@ class Tls:
             self._told = str(error)
         return self._context
 
-    def _make(self, ca: str, cert: str, key: str) -> Any:
+    def _make(self) -> Any:
+        ca, cert, key = _pem(self.ca, "CERTIFICATE"), _pem(self.cert, "CERTIFICATE"), _pem(self.key, "PRIVATE KEY")
         context: Any = ssl._SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.PROTO_TLSv1_2
         context.check_hostname = self.verify
