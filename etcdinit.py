@@ -2297,35 +2297,48 @@ class Etcd:
         tops = top_keys(keys)
         if not tops:
             return 0, []
-        return self._read_v2(tops) if self._version(_reading(tops)) == 2 else self._read_v3(tops)
+        found: tuple[int, list[tuple[str, str]]]
+        found = self._by_version(lambda: self._read_v3(tops), lambda: self._read_v2(tops))
+        return found
 
     def get(self, key: str) -> str | None:
         """The value of one key, None if there is none."""
         request = f"read {key}"
-        if self._version(request) == 2:
-            answer = self._v2("GET", v2_target(key, "quorum=true"), request, missing=True)
-            node = answer[1]
-            return None if node is None or node.get("dir") else _v2_text(str(node.get("value", "")))
-        data = self._v3("/kv/range", {"key": base64_text(key_bytes(key))}, request)
-        pairs = self._v3_pairs(data, request)
-        return pairs[0][1] if pairs else None
 
-    def _version(self, request: str) -> int:
-        """2 or 3: what was asked for, or what the server has; the request is what that is asked for."""
-        if not self.api:
+        def by_v2() -> str | None:
+            _, node = self._v2("GET", v2_target(key, "quorum=true"), request, missing=True)
+            return None if node is None or node.get("dir") else _v2_text(str(node.get("value", "")))
+
+        def by_v3() -> str | None:
+            data = self._v3("/kv/range", {"key": base64_text(key_bytes(key))}, request)
+            pairs = self._v3_pairs(data, request)
+            return pairs[0][1] if pairs else None
+
+        value: str | None = self._by_version(by_v3, by_v2)
+        return value
+
+    def _by_version(self, by_v3: Callable[[], Any], by_v2: Callable[[], Any]) -> Any:
+        """What the API that was asked for gives; if none was, v3, or v2 where there is no v3. Which it was is kept."""
+        if self.api != 2:
             try:
-                self._v3("/kv/range", {"key": "AA==", "count_only": True}, request)
+                found = by_v3()
                 self.api = 3
+                return found
             except EtcdDenied:
                 self.api = 3  # it is there
+                raise
             except EtcdNoGateway:
-                try:
-                    self._v2("GET", v2_target("/", "quorum=true"), request, missing=True)
-                except EtcdDenied:
-                    pass  # it is there too
-                self.api = 2
-                log.debug("the server has no v3 gateway, using the v2 API")
-        return self.api
+                if self.api:
+                    raise
+        try:
+            found = by_v2()
+        except EtcdDenied:
+            self.api = 2  # it is there
+            raise
+        if not self.api:
+            log.debug("the server has no v3 gateway, using the v2 API")
+            self.api = 2
+        return found
 
     def _read_v3(self, tops: list[str]) -> tuple[int, list[tuple[str, str]]]:
         for restarts in range(MAX_RESTARTS + 1):
@@ -2333,7 +2346,8 @@ class Etcd:
             try:
                 for start, end, inside in key_ranges(tops):
                     try:
-                        revision = self._pages(start, end, revision, _reading(inside), pairs)
+                        request = _reading(inside if self.api else tops)  # at first it is all that cannot be read
+                        revision = self._pages(start, end, revision, request, pairs)
                     except EtcdDenied:
                         revision = self._permitted(inside, revision, pairs)
             except EtcdCompacted as error:
