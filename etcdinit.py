@@ -7745,6 +7745,8 @@ class ResourceKey:
 RESOURCE_KEYS = {row.name: row for row in (
     ResourceKey("src", "text", "", "the template, a path below templates/ (needed)"),
     ResourceKey("dest", "text", "", "the file to write (needed); a symlink is followed"),
+    ResourceKey("foreach", "pattern", "", 'one file for each match, as of "/lb/hosts/*"; the last part of dest is a '
+                'template then, as in "/etc/x/{{.Name}}.conf", and both templates see .Key, .Name and .Value'),
     ResourceKey("keys", "list of texts", (), "keys that the template may read, each with all below it"),
     ResourceKey("prefix", "text", "", "put before every key; --prefix goes before that"),
     ResourceKey("mode", "octal", None, "permission bits as in \"0644\"; else those of the file, 0644 for a new one"),
@@ -7815,6 +7817,12 @@ def _name(value: object) -> str:
     return name
 
 
+def _keys_pattern(value: object) -> str:
+    pattern = clean_key(_a_text(value))
+    glob_regex(pattern)
+    return pattern
+
+
 def _reload_way(value: object) -> str:
     word, _, name = _a_text(value).partition(" ")
     if word == "signal":
@@ -7835,6 +7843,7 @@ def _times(value: object) -> tuple[float, float]:
 _RESOURCE_KINDS: dict[str, Callable[[Any], Any]] = {
     "text": _a_text, "list of texts": _texts, "number": _id, "true/false": _yes_or_no,
     "duration": _timeout, "time": duration, "min[:max]": _times, "octal": _a_text, "name": _name,
+    "pattern": _keys_pattern,
     "signal NAME|restart|command|none": _reload_way}
 
 
@@ -7877,6 +7886,7 @@ class Resource:
     commands: dict[str, Template]
     src: str
     dest: str
+    foreach: str
     keys: tuple[str, ...]
     prefix: str
     mode: int | None
@@ -7993,12 +8003,15 @@ def _resource(table: dict[str, Any], path: str, name: str, text: Sequence[str], 
             fault(key, f"empty {key}{' template' * (key == 'src')}")
     resource = Resource()
     commands: dict[str, Template] = {}
-    for key in ("check_cmd", "reload_cmd", "verify_cmd"):
+    for key in ("check_cmd", "reload_cmd", "verify_cmd", *(["dest"] if values["foreach"] else [])):
         try:
             if values[key]:
-                commands[key] = Template(values[key], name=key)
+                commands[key] = Template(os.path.basename(values[key]) if key == "dest" else values[key], name=key)
         except TemplateError as error:
             fault(key, f"cannot use {key}: {error}")
+    above, _, last = values["dest"].rpartition("/")
+    if values["foreach"] and ("{{" in above or "{{" not in last):
+        fault("dest", 'with foreach the last part of dest, and no other, is a template: "/etc/x/{{.Name}}.conf"')
     if values["reload"] == "command" and not values["reload_cmd"]:
         fault("reload", 'reload = "command" needs a reload_cmd')
     for key in ("reload", "verify", "verify_cmd") if not values["service"] else ():
@@ -8376,15 +8389,19 @@ class Page:
             self._compiled[path] = stamp, compile_file(path, self._functions)
         return self._compiled[path][1]
 
-    def texts(self) -> dict[str, str | None]:
-        """The text of every destination, from the keys as they are now. Error, or Skipped when a key may be missing."""
-        return {self.resource.dest: self._text(None)}
+    def parts(self) -> list[tuple[Resource, dict[str, str | None]]]:
+        """The text of every destination, from the keys as they are now, and the resource that says how to write it.
 
-    def _text(self, dot: Any) -> str:
-        resource = self.resource
+        Error, or Skipped when a key is missing and may be.
+        """
         self.stamps.clear()
         if self.asked:
             self.asked.clear()
+        return [(self.resource, {self.resource.dest: self._text(None)})]
+
+    def _text(self, dot: Any) -> str:
+        resource = self.resource
+        if self.asked:
             self.asked.keys.update(map(clean_key, resource.required))
         try:
             template = self._load(self._path)
@@ -8414,7 +8431,7 @@ class EnvironmentPage(Page):
 
     __slots__ = ()
 
-    def texts(self) -> dict[str, str | None]:
+    def parts(self) -> list[tuple[Resource, dict[str, str | None]]]:
         """The value of every variable; None for those that are no more."""
         dest, (key,) = self.resource.dest, self.resource.keys
         if os.path.islink(dest):
@@ -8437,20 +8454,89 @@ class EnvironmentPage(Page):
             else:
                 found[name] = pair.Value
         gone = set(os.listdir(dest)) - set(found) if os.path.isdir(dest) else set[str]()
-        return {f"{dest}/{name}": found.get(name) for name in sorted({*found, *gone})}
+        return [(self.resource, {f"{dest}/{name}": found.get(name) for name in sorted({*found, *gone})})]
 
 
-def environment_resource(service: str, key: str, prefix: str, run: str) -> Resource:
-    """The resource that stands for `environment` in a service.toml."""
+class ManyPage(Page):
+    """A resource with foreach: a file for each match, and a manifest of those that we have written.
+
+    A file whose key is gone is removed if the manifest has it. The manifest lies beside the files, .NAME.manifest, so
+    that it lives as long as they do.
+    """
+
+    __slots__ = ("manifest",)
+
+    def __init__(self, resource: Resource, *others: Any) -> None:
+        super().__init__(resource, *others)
+        name = re.sub("[^A-Za-z0-9._-]", "_", resource.name)
+        path = f"{os.path.dirname(resource.dest)}/.{name}.manifest"
+        self.manifest = plain_resource(f"manifest of {resource.name}", resource.service, dest=path, mode=0o600,
+                                       make_dirs=resource.make_dirs, reload="none")
+
+    def parts(self) -> list[tuple[Resource, dict[str, str | None]]]:
+        """The texts of all matches, None for a file that is to go; last the manifest."""
+        resource, directory = self.resource, os.path.dirname(self.resource.dest)
+        self.stamps.clear()
+        if self.asked:
+            self.asked.clear()
+        written = self._written()
+        texts: dict[str, str | None] = {}
+        keys: dict[str, str] = {}
+        for key in self._matches():
+            dot = {"Key": key, "Name": key.rpartition("/")[2], "Value": self.view.get(key) or ""}
+            name = safe_name(resource.commands["dest"].render(dot))
+            if name in keys:
+                raise Error(f"keys {keys[name]} and {key} want the same file, {directory}/{name}")
+            keys[name] = key
+            try:
+                texts[f"{directory}/{name}"] = self._text(dot)
+            except Skipped as skipped:
+                log.info(f'{directory}/{name} skipped: {skipped} (on_missing = "skip")')
+            except Error as error:
+                raise Error(f"{directory}/{name}: {error}") from None
+        texts.update((f"{directory}/{name}", None) for name in written if name not in keys)
+        return [(resource, texts), (self.manifest, {self.manifest.dest: json.dumps(sorted(keys)) + "\n"})]
+
+    def _matches(self) -> list[str]:
+        """The keys and directories that foreach matches."""
+        found = [""]
+        for part in self.resource.foreach.strip("/").split("/"):
+            regex = glob_regex(part)
+            if self.asked:
+                self.asked.directories.update(place or "/" for place in found)
+            found = [f"{place}/{name}" for place in found for name in self.view.children(place or "/")
+                     if regex.fullmatch(name)]
+        if self.asked:
+            self.asked.keys.update(found)
+        return found
+
+    def _written(self) -> list[str]:
+        """The names in the manifest. Error if it is there and cannot be read."""
+        try:
+            data = read_small(self.manifest.dest, 1 << 24)
+            names = [] if data is None else json.loads(data)
+            return [name for name in names if re.fullmatch("[A-Za-z0-9_@:+,=%-][A-Za-z0-9._@:+,=%-]*", name)]
+        except (OSError, ValueError, TypeError) as error:
+            raise Error(f"cannot read {self.manifest.dest}, which tells the files that may be removed: {reason(error)}"
+                        ) from None
+
+
+def safe_name(text: str) -> str:
+    """A name for a file made of a text that anybody may have written: odd characters, a dot in front as %XX. Error."""
+    if not text:
+        raise Error("the name of a file is empty (dest)")
+    return re.sub("^[.]|[^A-Za-z0-9._@:+,=-]",
+                  lambda odd: "".join(f"%{byte:02X}" for byte in odd[0].encode("utf-8", "surrogateescape")), text)
+
+
+def plain_resource(name: str, service: str, **keys: Any) -> Resource:
+    """A resource that no file in conf.d stands for, with keys of [template]."""
     resource = Resource()
     for row in RESOURCE_KEYS.values():
-        setattr(resource, row.name, row.default)
-    resource.name, resource.path, resource.lines = f"environment of {service}", "", {"": 0}
+        setattr(resource, row.name, keys.get(row.name, row.default))
+    resource.name, resource.path, resource.lines, resource.service = name, "", {"": 0}, service
     resource.commands = {}
-    resource.dest, resource.keys, resource.prefix = f"{run}/{service}/env", (key,), effective_prefix(prefix, "")
-    resource.lookups = [clean_key(resource.prefix, key)]
-    resource.mode, resource.secret, resource.make_dirs = 0o600, True, True
-    resource.service, resource.reload = service, "restart"
+    resource.lookups = [clean_key(resource.prefix, key) for key in resource.keys]
     return resource
 
 
@@ -9231,13 +9317,15 @@ def service_tables(directory: str) -> dict[str, dict[str, Any]]:
 
 def environments(tables: Mapping[str, Mapping[str, Any]], options: RenderOptions) -> list[Resource]:
     """The resources that stand for `environment` in service.toml files."""
-    return [environment_resource(name, key, options.prefix, options.run) for name, table in tables.items()
+    return [plain_resource(f"environment of {name}", name, dest=f"{options.run}/{name}/env", keys=(key,), mode=0o600,
+                           prefix=effective_prefix(options.prefix, ""), secret=True, make_dirs=True, reload="restart")
+            for name, table in tables.items()
             if isinstance(key := table.get("environment"), str) and key and options.door]
 
 
 def make_page(resource: Resource, view: KeyTree, options: RenderOptions, asked: Asked | None = None) -> Page:
     """The page of a resource."""
-    kind = Page if resource.src else EnvironmentPage
+    kind = ManyPage if resource.foreach else Page if resource.src else EnvironmentPage
     return kind(resource, view, options.templates, options.as_confd, asked)
 
 
@@ -9251,9 +9339,11 @@ def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
     changes: list[FileChange] = []
     counts: dict[str, int] = {}
     for resource in unit:
+        before = len(changes)
         try:
             page = make_page(resource, tree.under(resource.prefix, resource.keys), options)
-            changed = run_to_end(stage_steps(resource, page.texts(), options))
+            for part, texts in page.parts():
+                changes += run_to_end(stage_steps(part, texts, options))
         except Skipped as skipped:
             log.info(f'{resource.dest} skipped: {skipped} (on_missing = "skip")')
             outcome = "skipped"
@@ -9265,7 +9355,7 @@ def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
             discard(changes)
             raise
         else:
-            changes += changed
+            changed = len(changes) > before
             outcome = "in sync" if not changed else "out of sync" if options.dry_run else "updated"
         counts[outcome] = counts.get(outcome, 0) + 1
     if options.dry_run or not changes:
@@ -9274,7 +9364,7 @@ def render_unit(unit: Sequence[Resource], tree: KeyTree, options: RenderOptions,
     try:
         if "failed" in counts:
             discard(changes)
-            raise Error(f"the files of {service} are changed together or not at all")
+            raise Error(f"the files of {service or resource.name} are changed together or not at all")
         swap_all(changes, options.as_confd)
         if options.door and service:
             options.door(service).reload(ways_to_reload(changes))
@@ -10396,7 +10486,7 @@ class Renderer:
         why = ""
         for page in unit.pages:
             try:
-                found.append((page.resource, page.texts()))
+                found += page.parts()
             except Skipped as skipped:
                 why = f'{page.resource.dest} skipped: {skipped} (on_missing = "skip")'
                 if bond and not os.path.exists(page.resource.dest):
@@ -10429,7 +10519,7 @@ class Renderer:
                 try:
                     changes += yield from stage_steps(resource, texts, self.options, quiet=bool(unit.told))
                 except Exception as error:
-                    error.add_note(resource.name)
+                    error.add_note(resource.name.removeprefix("manifest of "))
                     raise
             if self.options.dry_run or not changes:
                 if bond:

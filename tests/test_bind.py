@@ -406,3 +406,18 @@ def test_keys_become_variables_of_a_service(box: Bound) -> None:
     box.etcd.put("/env/STAY", "changed")
     box.etcd.delete("/env/FROM")
     box.says("file changed quiet a\nb\n")
+
+
+def test_a_file_for_each_key_comes_and_goes_with_the_others(box: Bound) -> None:
+    started(box)
+    box.resource("part.conf", template="{{.Name}}", dest=str(box.place / "work" / "part-{{.Name}}"),
+                 foreach="/app/parts/*")
+    box.etcd.put_many([("/app/parts/a", "1"), ("/app/parts/b", "2")])
+    parts = [box.place / "work" / f"part-{name}" for name in "ab"]
+    eventually(lambda: all(part.exists() for part in parts))
+    box.etcd.delete("/app/parts/a")
+    eventually(lambda: not parts[0].exists())
+    box.etcd.put_many([("/app/parts/c", "3"), ("/app/word", "crash")])
+    box.says("took back the change of app")
+    eventually(lambda: box.conf.read_text() == "one\n" and not (box.place / "work" / "part-c").exists())
+    assert json.loads((box.place / "work" / ".part.conf.toml.manifest").read_text()) == ["part-b"]

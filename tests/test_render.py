@@ -1132,3 +1132,69 @@ def test_resource_names_can_be_loaded_from_python(tmp_path: Path) -> None:
     (tmp_path / "conf.d" / "x.toml").write_text(json.dumps("x").join(["[template]\nsrc = ", "\ndest = '/y'\n"]))
     [resource], findings = load_resources(str(tmp_path), prefix="/p")
     assert (resource.name, resource.prefix, resource.lines["dest"], findings) == ("x.toml", "/p", 3, [])
+
+
+# ---- one file for each match ------------------------------------------------------------------------------
+
+def hosts(image: Image, **keys: object) -> Path:
+    """A resource with a file for each /hosts/NAME; the directory of the files."""
+    image.resource("hosts", "{{.Name}} of {{.Key}}: {{getv (printf \"%s/to\" .Key) \"nowhere\"}} {{.Value}}\n",
+                   dest=str(image.out / "vhosts" / "{{.Name}}.conf"), foreach="/hosts/*", make_dirs=True, **keys)
+    return image.out / "vhosts"
+
+
+def test_foreach_writes_a_file_for_each_match_and_removes_only_its_own(image: Image) -> None:
+    place = hosts(image)
+    image.keys({"hosts": {"a": {"to": "1"}, "b": "leaf", "c.d": {"x": {"y": "deep"}}}, "other": "x"})
+    assert image.run().code == 0
+    assert {path.name: path.read_text() for path in place.glob("*.conf")} == {
+        "a.conf": "a of /hosts/a: 1 \n", "b.conf": "b of /hosts/b: nowhere leaf\n",
+        "c.d.conf": "c.d of /hosts/c.d: nowhere \n"}
+    (place / "mine.conf").write_text("not of a key")
+    image.keys({"hosts": {"b": "leaf"}})
+    ran = image.run()
+    assert ran.code == 0 and "a.conf has been removed" in ran.err
+    assert sorted(path.name for path in place.glob("*.conf")) == ["b.conf", "mine.conf"]
+    (place / ".hosts.toml.manifest").unlink()
+    image.keys({})
+    assert image.run().code == 0
+    assert sorted(path.name for path in place.glob("*.conf")) == ["b.conf", "mine.conf"]  # nobody says it is ours
+
+
+def test_foreach_goes_nowhere_else_whatever_a_key_is_called(image: Image) -> None:
+    place = hosts(image)
+    names = ["...", ".hidden", "a b", "x;y", "\n", "ü", "a$(id)", "-rf"]
+    image.keys({"hosts": dict.fromkeys(names, "1")})
+    before = set(image.out.parent.rglob("*"))
+    assert image.run().code == 0
+    made = set(image.out.parent.rglob("*")) - before - {place}
+    assert {path.parent for path in made} == {place}
+    assert sorted(path.name for path in made) == [
+        "%0A.conf", "%2E...conf", "%2Ehidden.conf", "%C3%BC.conf", "-rf.conf", ".hosts.toml.manifest",
+        "a%20b.conf", "a%24%28id%29.conf", "x%3By.conf"]
+    image.resource("hosts", "", dest=str(place / "{{.Value}}"), foreach="/hosts/*")
+    image.keys({"hosts": {"a": "../../etc/passwd", "b": "/x", "c": "..", "d": "."}})
+    assert image.run().code == 0
+    found = sorted(path.name for path in place.iterdir() if not path.name.endswith((".conf", ".manifest")))
+    assert found == ["%2E", "%2E.", "%2E.%2F..%2Fetc%2Fpasswd", "%2Fx"]
+
+
+def test_foreach_refuses_two_keys_for_one_file_and_a_directory_from_a_key(image: Image) -> None:
+    place = hosts(image)
+    image.resource("hosts", "", dest=str(place / "{{.Value}}"), foreach="/hosts/*", make_dirs=True)
+    image.keys({"hosts": {"a": "1", "b": "1"}})
+    ran = image.run()
+    assert ran.code == 1 and f"keys /hosts/a and /hosts/b want the same file, {place}/1" in ran.err
+    image.resource("hosts", "", dest=str(image.out / "{{.Name}}" / "x"), foreach="/hosts/*")
+    assert "with foreach the last part of dest, and no other, is a template" in image.run().err
+
+
+def test_foreach_changes_all_files_or_none(image: Image) -> None:
+    place = hosts(image, check_cmd="! grep -q bad {{.src}}")
+    image.keys({"hosts": {"a": {"to": "1"}, "b": {"to": "2"}}})
+    assert image.run().code == 0
+    image.keys({"hosts": {"a": {"to": "new"}, "c": {"to": "bad"}}})
+    assert image.run().code == 1
+    assert sorted(path.name for path in place.glob("*.conf")) == ["a.conf", "b.conf"]
+    assert (place / "a.conf").read_text() == "a of /hosts/a: 1 \n" and image.stages() == [
+        str(place / ".hosts.toml.manifest")]
