@@ -9444,8 +9444,9 @@ RENDERER = "confd"  # the service that renders files; it is built in
 STATE_DIRECTORY = ".confd"  # below RUN; s6-svscan passes over names with a dot
 UNDO_LIMIT = 8  # generations of files that can be taken back
 HISTORY_LIMIT = 100  # changes that are remembered
-ASK_AGAIN = 0.25  # seconds between two tries of verify_cmd
+ASK_AGAIN, ASK_PATIENCE = 0.25, 10.0  # seconds between two tries of verify_cmd; the least that one may take
 LOOK_AGAIN = 0.1  # seconds between two looks at a service whose events cannot be had
+KILLS_FORGIVEN = 3  # deaths by SIGKILL that do not count against a change
 TOLD_LINES = 40  # lines of a diff, and of a service's output, that are logged when a change is taken back
 
 
@@ -9497,6 +9498,7 @@ class Bond:
         self.verify, self.timeout, self.questions, self.secret = 0.0, 60.0, list[str](), False
         self.command: Command | None = None
         self.due, self.attempts, self.told = 0.0, 0, ""
+        self.forgiven = 0
         self.was_held = False
         self.awaiting = False  # whether it has to come up
         self.pid, self.deaths_left = 0, 0  # of the process that counts, or must not be the one; deaths that may happen
@@ -9613,7 +9615,7 @@ class Bond:
         gone += [old.number for old in self.generations[:-UNDO_LIMIT]]
         del self.generations[:-UNDO_LIMIT]
         self.ways = _ways(self.ways, generation.ways)
-        self.revision, self.wanted, self.why, self.bad = revision, revision, "", ""
+        self.revision, self.wanted, self.why, self.bad, self.undone = revision, revision, "", "", False
         self._begin("reload")
         for number in gone:
             self._forget(number)
@@ -9647,6 +9649,7 @@ class Bond:
 
     def _begin(self, phase: str) -> bool:
         self.phase, self.due, self.attempts, self.told = phase, 0.0, 0, ""
+        self.forgiven = 0 if phase == "reload" else self.forgiven
         self.patience = now() + self.timeout
         self.awaiting, self.open_questions = False, []
         self._save()
@@ -9732,7 +9735,12 @@ class Bond:
             return self._failed(str(error))
         if not seen.up and (seen.waits or not seen.wanted and not seen.gave_up):
             return self._done()  # somebody has stopped it
-        if self.deaths_left < 0 or seen.gave_up:
+        died = self.deaths_left < 0 or not self.awaiting and not (seen.up and seen.pid == self.pid)
+        if died and seen.ended == "SIGKILL" and not seen.gave_up and self.forgiven < KILLS_FORGIVEN:
+            self.forgiven += 1  # it does not do that to itself: its files get another chance to prove themselves
+            log.warning(f"{self.name} was killed while its files of revision {self.revision} were verified")
+            return self._await_up(0)
+        if died or seen.gave_up:
             return self._failed(f"it ended: {seen.ended}")
         if self.awaiting:
             if seen.up and seen.pid != self.pid and seen.ready:
@@ -9743,12 +9751,10 @@ class Bond:
             elif seen.startable and seen.pid != self.pid:
                 self.door.command("u")  # a restart that we asked for needs no pause
             return not self.awaiting
-        if not seen.up or seen.pid != self.pid:
-            return self._failed(f"it ended: {seen.ended}")
         if self.open_questions and not self._answered():
-            if now() < self.until:
+            if now() < self.until or not self.answer or self.command:
                 return False
-            return self._failed(f"verify_cmd: {self.answer or 'it did not end in time'}: {self.open_questions[0]}")
+            return self._failed(f"verify_cmd: {self.answer}: {self.open_questions[0]}")
         aged = [generation for generation in self.generations if not generation.proved and generation.until <= now()]
         for generation in aged:
             self._prove(generation)
@@ -9762,14 +9768,14 @@ class Bond:
         """Whether verify_cmd has succeeded; asks if it is time to."""
         while self.open_questions:
             if not self.command:
-                if now() < self.ask_at or now() >= self.until:
+                if now() < self.ask_at or (now() >= self.until and self.answer):
                     return False
-                self.command = Command(self.open_questions[0], self.until - now())
+                self.command = Command(self.open_questions[0], max(self.until - now(), ASK_PATIENCE))
                 self.command.start()
             if not self.command.advance():
                 return False
             command, self.command = self.command, None
-            self.ask_at, self.answer = now() + ASK_AGAIN, command.failure
+            self.ask_at, self.answer = now() + ASK_AGAIN * bool(command.failure), command.failure
             if not command.failure:
                 del self.open_questions[0]
         return True
