@@ -786,6 +786,8 @@ SERVERS = (  # Debian package, a program of it, what the tests do with it
     ("iproute2", "ip", "networks between test hosts"),
     ("openssl", "openssl", "certificates for TLS tests"),
     ("procps", "ps", "what commands leave behind"),
+    ("curl", "curl", "what a verify_cmd asks with"),
+    ("mariadb-server", "mariadbd", "templates/mariadb: a primary and its replicas"),
     ("patch", "patch", "applies what --diff prints"),
     ("faketime", "faketime", "clocks that jump"),
 )

@@ -9442,7 +9442,7 @@ def backoff(attempts: int, first: float, limit: float) -> float:
 
 RENDERER = "confd"  # the service that renders files; it is built in
 STATE_DIRECTORY = ".confd"  # below RUN; s6-svscan passes over names with a dot
-UNDO_LIMIT = 8  # generations of files that can be taken back
+UNDO_LIMIT = 8  # generations of files that can be taken back one by one
 HISTORY_LIMIT = 100  # changes that are remembered
 ASK_AGAIN, ASK_PATIENCE = 0.25, 10.0  # seconds between two tries of verify_cmd; the least that one may take
 LOOK_AGAIN = 0.1  # seconds between two looks at a service whose events cannot be had
@@ -9479,8 +9479,8 @@ class Bond:
     """A service and the files that it is bound to: what it runs on, and the change that is being made.
 
     door: to the service, by s6's protocol alone: look(), listen(), deaths(), descriptors(), command(), signal(),
-    lines(), scan(), hush(). Nothing in here waits: whoever drives it polls descriptors() until wake_at and calls
-    advance().
+    catches(), lines(), scan(), hush(). Nothing in here waits: whoever drives it polls descriptors() until wake_at and
+    calls advance().
     """
 
     SAVED = ("revision", "wanted", "why", "bad", "phase", "ways", "undone", "count")
@@ -9611,9 +9611,9 @@ class Bond:
             self._save()
             self._forget(generation.number)
             raise
-        gone = self._join() if not self.generations[0].proved and len(self.generations) > UNDO_LIMIT else []
-        gone += [old.number for old in self.generations[:-UNDO_LIMIT]]
-        del self.generations[:-UNDO_LIMIT]
+        gone: list[int] = []
+        if len(self.generations) > UNDO_LIMIT:
+            gone = [self.generations.pop(0).number] if self.generations[0].proved else self._join()
         self.ways = _ways(self.ways, generation.ways)
         self.revision, self.wanted, self.why, self.bad, self.undone = revision, revision, "", "", False
         self._begin("reload")
@@ -9695,8 +9695,8 @@ class Bond:
         except (Error, OSError) as error:
             return self._put_off(f"cannot reload {self.name}: {reason(error)}")
         self.pid, self.deaths_left = seen.pid, 0
-        if self.ways and not seen.settled and now() < self.patience:
-            self.due = now() + LOOK_AGAIN  # a signal would kill what has not set up its handlers yet
+        if self.ways and now() < self.patience and not (seen.settled or self.door.catches(seen.pid, self.ways[0])):
+            self.due = now() + LOOK_AGAIN / 5  # a signal would kill what has not set up its handlers yet
             return False
         if self.ways and self.ways[0].startswith("command "):
             self.command = Command(self.ways[0].removeprefix("command "), self.timeout)
@@ -9944,8 +9944,8 @@ class Bond:
         return diff_lines(old.data, data or b"", dest, secret) if data != old.data else []
 
     def _join(self) -> list[int]:
-        """Make one generation of the last two, which are then taken back together; what is to be forgotten for it."""
-        older, newer = self.generations[-2:]
+        """Make one generation of the two oldest, which are then taken back together; what is to be forgotten for it."""
+        older, newer = self.generations[:2]
         rows = {row[0]: row for number in (newer.number, older.number) for row in self._plan(number)}
         gone = [newer.number, older.number]
         self.count += 1
@@ -13147,6 +13147,15 @@ class ServiceDoor:
     def signal(self, number: int) -> None:
         """Send a signal. Error."""
         send_signal(self.name, self.directory, number)
+
+    def catches(self, pid: int, way: str) -> bool:
+        """Whether its process has a handler for the signal of "signal N", as far as that can be seen."""
+        word, _, number = way.partition(" ")
+        try:
+            status = (read_small(f"/proc/{pid}/status", 65536) or b"").partition(b"\nSigCgt:")[2]
+            return word == "signal" and bool(int(status.split()[0], 16) >> int(number) - 1 & 1)
+        except (OSError, ValueError, IndexError):
+            return False
 
     def lines(self) -> list[str]:
         """The last lines that it wrote, if our supervisor keeps them."""

@@ -197,6 +197,8 @@ def walk(place: Place, word: str, end: str, why: str, first: int, step: int) -> 
         place.wait(lambda: place.dead() or place.settled(end, why))
         place.arm(False)
         if not place.dead():
+            place.put("old")
+            place.wait(lambda: place.settled("old") and place.said() == "old")
             place.stop()
             return number
         at = (place.place / "armed.at").read_text()
