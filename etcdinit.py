@@ -12330,7 +12330,7 @@ class Supervisor:
     def add(self, name: str) -> list[Service]:
         """New services for a name: itself and, if it has log/, its logger, which comes first."""
         live, definition = f"{self.run_directory}/{name}", f"{self.services_directory}/{name}"
-        same = os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory)
+        same = os.path.samefile(self.run_directory, self.services_directory)
         service = Service(name, live, live if same else definition)
         service.policy = self.policies.get(name, (None, NO_POLICY))[1]
         if name == RENDERER and self.renderer and not os.path.isdir(definition):
