@@ -2185,9 +2185,13 @@ def srv_endpoints(questions: Sequence[tuple[str, str]], deadline: float) -> tupl
 
 # ---- the client ---------------------------------------------------------------------------------------
 
-def _reading(keys: list[str]) -> str:
+def _asking(verb: str, keys: list[str]) -> str:
     """What is asked, for errors: "read /a, /b, /c and 4 more"."""
-    return f"read {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+    return f"{verb} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+
+
+def _reading(keys: list[str]) -> str:
+    return _asking("read", keys)
 
 
 class Etcd:
@@ -2870,6 +2874,8 @@ PROBE_INTERVAL = 10.0  # seconds of silence after which the member is asked whet
 RECONNECT_FIRST, RECONNECT_LIMIT = 0.2, 10.0  # seconds: the longest first pause and the longest of all
 MAX_MESSAGE = MAX_ANSWER  # bytes of one line of a stream, and of the fragments of one message
 READ_AT_ONCE = 1 << 20  # bytes of one stream after which others get their turn
+MOST_RANGES = 8  # that are watched one by one; of more, neighbours are watched together and sorted out here
+WATCH_BODY = 512  # bytes of one request: once etcd answers the first watch it throws away what it has not read by then
 
 if TYPE_CHECKING:
     Event = tuple[int, str, str, str]  # revision; "put", "delete" or "prune" (the key and all below it); key; value
@@ -2942,6 +2948,17 @@ def watch_request(spans: Iterable[tuple[bytes, bytes, int]]) -> bytes:
             create["range_end"] = base64_text(end)
         requests.append(to_json({"create_request": create}))
     return "\n".join(requests).encode("ascii")
+
+
+def fewer_ranges(ranges: Sequence[tuple[bytes, bytes, list[str]]],
+                 most: int) -> list[tuple[bytes, bytes, list[str]]]:
+    """At most that many ranges which hold all of the given, sorted ones: those are joined that have most in common."""
+    def common(index: int) -> int:
+        return len(os.path.commonprefix([ranges[index - 1][0], ranges[index][0]]))
+
+    cuts = sorted(sorted(range(1, len(ranges)), key=common)[:most - 1])
+    parts = [ranges[start:end] for start, end in zip([0, *cuts], [*cuts, len(ranges)], strict=True)]
+    return [(part[0][0], part[-1][1], [key for each in part for key in each[2]]) for part in parts if part]
 
 
 class _Span:
@@ -3034,7 +3051,7 @@ class Watch:
         self.close()
         self.stale, self._fresh = "", True
         self._attempts, self._retry_at = 0, now()
-        ranges = [(*each[:2], ", ".join(each[2])) for each in key_ranges(self.keys)]
+        ranges = [(*each[:2], ", ".join(each[2])) for each in fewer_ranges(key_ranges(self.keys), MOST_RANGES)]
         if self._etcd.api == 2:
             ranges = [(b"", b"", key) for key in self.keys]  # a wait knows one key only
         self._spans = [_Span(start, end, key, revision + 1) for start, end, key in ranges]
@@ -3104,7 +3121,7 @@ class Watch:
 
     @property
     def _request(self) -> str:
-        return f"watch {', '.join(self.keys)}"
+        return _asking("watch", self.keys)
 
     def _connect(self) -> None:
         etcd = self._etcd
@@ -3115,9 +3132,22 @@ class Watch:
         if etcd.username and etcd.api == 3 and etcd._token is None:
             etcd._deadline = now() + etcd.answer_timeout
             etcd._log_in(self._endpoint)
-        for group in [[span] for span in self._spans] if etcd.api == 2 else [self._spans]:
+        for group in self._groups():
             self._streams.append(self._start(group))
         self._heard = now()
+
+    def _groups(self) -> list[list[_Span]]:
+        """The spans of each request: for v3 as many as WATCH_BODY holds."""
+        groups: list[list[_Span]] = []
+        room = 0
+        for span in self._spans:
+            size = len(watch_request([(span.start, span.end, span.next)])) + 1
+            if size > room or self._etcd.api == 2:
+                groups.append([])
+                room = WATCH_BODY
+            groups[-1].append(span)
+            room -= size
+        return groups
 
     def _follow_dns(self) -> None:
         """Leave a member that DNS does not name any more, however well it is."""
@@ -3229,15 +3259,15 @@ class Watch:
                 kind, code, text = message.failure
                 raise kind(str(self._endpoint), self._request, text, code)
             if message.created:
-                self._created(message)
-            for span in self._spans:
+                self._created(stream, message)
+            for span in stream.spans:
                 if span.id == message.id or message.id == -1:
                     self._take(span, message, events)
         if stream.answer.done:
             raise ValueError("the server has ended the watch")
 
-    def _created(self, message: WatchMessage) -> None:
-        span = next((span for span in self._spans if span.id < 0), None)
+    def _created(self, stream: _Stream, message: WatchMessage) -> None:
+        span = next((span for span in stream.spans if span.id < 0), None)
         if span is None:
             raise ValueError("the server tells of a watch that was not asked for")
         span.id = message.id

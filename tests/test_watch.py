@@ -33,6 +33,8 @@ from etcdinit import (
     WatchMessage,
     clean_key,
     decode_wait,
+    fewer_ranges,
+    key_ranges,
     watch_request,
 )
 
@@ -125,6 +127,22 @@ def test_one_request_creates_all_watches() -> None:
     first, second = [json.loads(line)["create_request"] for line in body.splitlines()]
     assert (first["key"], first["range_end"], first["start_revision"]) == (b64("/a"), b64("/b"), "5")
     assert "range_end" not in second and second["fragment"] is True and second["progress_notify"] is True
+
+
+@given(st.sets(st.text("ab/", min_size=1, max_size=6).map(clean_key), max_size=30), st.integers(1, 9))
+def test_fewer_ranges_hold_all_that_more_did(keys: set[str], most: int) -> None:
+    ranges = key_ranges(keys)
+    fewer = fewer_ranges(ranges, most)
+    assert len(fewer) <= most
+    assert [key for each in fewer for key in each[2]] == [key for each in ranges for key in each[2]]
+    for start, end, _ in ranges:
+        assert any(low <= start and end <= high for low, high, _ in fewer)
+    assert len(ranges) > most or fewer == ranges
+
+
+def test_neighbours_are_joined_where_they_have_most_in_common() -> None:
+    ranges = key_ranges(["/a/x", "/a/y", "/b/x", "/b/y", "/c"])
+    assert [each[2] for each in fewer_ranges(ranges, 3)] == [["/a/x", "/a/y"], ["/b/x", "/b/y"], ["/c"]]
 
 
 # ---- the mirror ---------------------------------------------------------------------------------------
@@ -422,6 +440,18 @@ def test_changes_arrive_within_key_boundaries(etcd: EtcdServer, followers: Any) 
     etcd.call("/kv/deleterange", {"key": b64("/lb/"), "range_end": b64("/lb0")})
     follower.sees("/lb/a", None)
     assert follower.reads == 1
+
+
+def test_many_keys_are_watched_by_few_requests(etcd: EtcdServer, followers: Any) -> None:
+    keys = [f"/many/{group}{index:03d}" for group in ("a", "b/", "c/d/") for index in range(100)]
+    for _ in range(5):  # etcd forgets what it has not read of a request when it answers: no luck shall be needed
+        follower = followers([etcd.url], keys)
+        follower.run(lambda follower=follower: follower.watch.open, 4)
+        assert follower.watch.failure is None and len(follower.watch.descriptors()) <= 8
+    etcd.put_many([(f"/many/{group}{index:03d}{end}", "1") for group in ("a", "b/", "c/d/") for index in range(100)
+                   for end in ("", "x", "/y")])
+    follower.run(lambda: len(follower.mirror.tree) == 600)
+    assert not [key for key, _ in follower.mirror.tree.items() if key.endswith("x")] and follower.reads == 1
 
 
 def test_a_transaction_arrives_as_one(etcd: EtcdServer, followers: Any) -> None:
