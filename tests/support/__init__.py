@@ -29,7 +29,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def eventually(condition: Callable[[], object], seconds: float = 20.0, what: str = "") -> object:
+def eventually(condition: Callable[[], object], seconds: float = 20.0, what: str | Callable[[], str] = "") -> object:
     """Poll until the condition gives something true and return that; fail when the deadline has passed.
 
     The deadline is generous: it ends a hopeless test, it never decides a slow one.
@@ -40,5 +40,5 @@ def eventually(condition: Callable[[], object], seconds: float = 20.0, what: str
         if found:
             return found
         if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {seconds:g} s: {what or condition}")
+            pytest.fail(f"still not so after {seconds:g} s: {what() if callable(what) else what or condition}")
         time.sleep(0.02)
