@@ -2,7 +2,7 @@
 
 A writer gives 200 keys ever higher values, each as a pair of keys in one transaction (v2: one key); a disturber breaks
 the cluster and the check commands. Whatever happens: no file ever shows an older value after a newer one, or half of a
-transaction, and at the end each has the last. SOAK_SEED repeats a run; `pytest -m long tests/test_soak.py`: long ones.
+transaction, and at the end each has the last. SOAK_SEED repeats a run; the long ones: `build.py test -m long FILE`.
 """
 
 from __future__ import annotations
