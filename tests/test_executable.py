@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from support import need
 from support.certificates import Authority
+from support.etcd_server import EtcdServer, find_etcd
 
 import etcdinit
 
@@ -210,3 +211,69 @@ def test_the_bill_of_materials_names_the_sources(executable: Path) -> None:
     assert (bill["bomFormat"], bill["metadata"]["component"]["version"]) == ("CycloneDX", etcdinit.__version__)
     assert {part["name"] for part in bill["components"]} == {"CPython", "OpenSSL", "musl"}
     assert all(len(part["hashes"][0]["content"]) == 64 for part in bill["components"])
+
+
+# ---- how it is made -----------------------------------------------------------------------------------
+
+def test_a_source_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:
+    import build
+    path = tmp_path / "musl.tar.gz"
+    path.write_bytes(b"x")
+    with pytest.raises(build.Failed, match=r"musl.tar.gz is not the file that SOURCES in build.py pins"):
+        build.held(path, build.SOURCES["musl"].tarball)
+
+
+def test_a_failing_step_shows_the_end_of_its_log(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    import build
+    monkeypatch.setattr(build, "BUILD", tmp_path)
+    with pytest.raises(build.Failed, match=r"no such thing\ntry failed with exit code 3; the whole log is .*log"):
+        build.step("try", ["sh", "-c", "seq 100; echo no such thing; exit 3"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_another_directory_gives_the_same_bytes(executable: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "a directory" / "etcdinit"
+    (copy / "build").mkdir(parents=True)
+    for name in ("etcdinit.py", "build.py", "pyproject.toml"):
+        shutil.copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    told = subprocess.run([executable, "--version"], capture_output=True, text=True, check=True).stdout
+    subprocess.run([sys.executable, "build.py"], cwd=copy, check=True,
+                   env={**os.environ, "ETCDINIT_COMMIT": told.rpartition("commit ")[2].strip()})
+    assert (copy / "dist" / "etcdinit").read_bytes() == executable.read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_aarch64_works_under_qemu(tmp_path: Path) -> None:
+    """Template functions, files, and keys from a real etcd over TLS with a client certificate."""
+    qemu = shutil.which("qemu-aarch64-static")
+    need(qemu, "qemu-aarch64-static (Debian: qemu-user-static)")
+    subprocess.run([sys.executable, ROOT / "build.py", "build", "--target", "aarch64"], check=True)
+
+    def run(*arguments: str | Path, **environ: str) -> str:
+        program = [str(qemu), str(ROOT / "dist" / "etcdinit-aarch64"), *map(str, arguments)]
+        return subprocess.run(program, env=environ, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
+
+    assert run("--version").startswith(f"etcdinit {etcdinit.__version__}\nCPython 3.13.")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "keys.json").write_text('{"a": {"1": "x"}}')
+    (tmp_path / "conf.d" / "a.toml").write_text(f'[template]\nsrc = "a"\ndest = "{tmp_path}/out"\nkeys = ["/a"]\n')
+    (tmp_path / "templates" / "a").write_text(
+        '{{range gets "/a/*"}}{{.Value}}{{end}}{{printf "%.2f" 1.5}}{{regexReplaceAll "b+" "abb" "c"}}')
+    run("render", "--once", "--confdir", tmp_path, "--keys", tmp_path / "keys.json")
+    assert (tmp_path / "out").read_text() == "x1.50ac"
+    authority = Authority(tmp_path / "ca")
+    server, client = authority.issue("IP:127.0.0.1"), authority.issue()
+    etcd = EtcdServer(str(find_etcd("3.5")), tmp_path / "etcd", "--cert-file", server.cert_path,
+                      "--key-file", server.key_path, "--client-cert-auth=true", "--trusted-ca-file",
+                      authority.path, scheme="https", context=authority.context(client)).start()
+    try:
+        etcd.put("/a", "over TLS")
+        assert run("get", "/a", "--node", etcd.url, ETCD_CA=authority.pem, ETCD_CERT=client.cert,
+                   ETCD_KEY=client.key) == "over TLS\n"
+    finally:
+        etcd.kill()

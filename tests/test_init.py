@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support import eventually, need
-from support.container import Container, patched_program
+from support.container import TOO_MANY_FILES, Container, patched_program
 from support.s6 import RELEASES, S6, s6_release
 
 import etcdinit
@@ -451,7 +451,7 @@ def test_too_few_descriptors_are_survived(container: Container) -> None:
     for number in range(20):
         container.service(f"s{number:02}", 'echo x >> "$PLACE/starts"; exec sleep 1000')
     container.start(preexec_fn=lambda: __import__("resource").setrlimit(7, (64, 64)))
-    eventually(lambda: "too many open files" in container.text("log"))
+    eventually(lambda: re.search(TOO_MANY_FILES, container.text("log")))
     eventually(lambda: container.text("starts"))
     assert container.verb("status", "s00").returncode == 0
     assert container.stop() < 20

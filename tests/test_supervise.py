@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import select
 import shutil
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import eventually, need
-from support.container import Container, patched_program
+from support.container import TOO_MANY_FILES, Container, patched_program
 
 import etcdinit
 
@@ -372,7 +373,7 @@ def test_too_few_descriptors_for_pipes_and_policies_are_survived(container: Cont
         container.service(f"s{number:02}", 'echo x >> "$PLACE/starts"; exec sleep 1000', service_toml="after = []\n")
         container.service(f"s{number:02}/log", "exec cat")
     container.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
-    log_has(container, "too many open files")
+    eventually(lambda: re.search(TOO_MANY_FILES, container.text("log")))
     assert "unexpected" not in container.text("log")
     container.service("s00", "exec sleep 1000")
     assert container.verb("status").returncode == 0

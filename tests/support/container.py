@@ -19,6 +19,7 @@ from typing import Any
 from support import eventually, need
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TOO_MANY_FILES = "too many open files|no file descriptors available"  # in the words of glibc, of musl
 SET_UP = """
 set -e
 mount -t tmpfs -o "$RUN_OPTIONS" tmpfs /run
