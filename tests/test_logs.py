@@ -184,6 +184,7 @@ def numbered_lines(box: Container, total: int, seed: int, pause: float) -> None:
     box.start()
     box.up("web", "web/log")
     count, kills, deaths = box.place / "count", 0, 0
+    eventually(lambda: count.exists() and count.stat().st_size == 8)
     while int.from_bytes(count.read_bytes(), "little") < total:
         what = chance.choice(["web:t", "web:k", "web/log:t", "web/log:k", "web:du", "web/log:du", "web:ku", "fault"])
         deaths += 1
