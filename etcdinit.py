@@ -11545,6 +11545,22 @@ def _lock_whole(path: str) -> int:
     return fd
 
 
+def execution_hint(path: str, error: Exception) -> str:
+    """What a script lacks that could not be executed, where the system's words do not say it; "" if they do."""
+    number = error.errno if isinstance(error, OSError) else 0
+    if number == errno.ENOEXEC:
+        return " (it has no #! line)"
+    try:
+        first = (read_small(path, 256) or b"").split(b"\n")[0].decode("utf-8", "replace")
+        if number == errno.ENOENT and first.startswith("#!") and first[2:].split():
+            return f" (its first line names {first[2:].split()[0]})"
+        if number == errno.EACCES and not os.access(path, os.X_OK):
+            return " (it is not executable: chmod +x)"
+    except OSError:
+        pass
+    return ""
+
+
 class Service:
     """One service directory under supervision: where it is, in which state, and until when.
 
@@ -12035,7 +12051,7 @@ class Supervisor:
         except (OSError, Error) as error:
             if ready_pipe:
                 os.close(ready_pipe[0])
-            hint = " (it has no #! line)" if isinstance(error, OSError) and error.errno == errno.ENOEXEC else ""
+            hint = execution_hint(f"{service.directory}/run", error)
             self.trouble(f"cannot start {service.name}", f"{reason(error)}{hint}")
             self.remark(service, problem=f"cannot start: {reason(error)}{hint}")
             self.step(service, "failed")
@@ -14181,12 +14197,37 @@ def run_command_line(argv: Sequence[str]) -> int:
     return verb.function(words, flags)
 
 
+CONTAINER_ENVIRONMENT = "/run/s6/container_environment"  # where scripts for s6-overlay leave variables, a file each
+
+
+def with_contenv(argv: Sequence[str]) -> int:
+    """The program of that name of s6-overlay, as in `#!/usr/bin/with-contenv bash`: run another one with its variables.
+
+    Services have the container's environment anyway; what is added is what scripts have written for each other.
+    """
+    environ = dict(os.environ)
+    for name in os.listdir(CONTAINER_ENVIRONMENT) if os.path.isdir(CONTAINER_ENVIRONMENT) else ():
+        if not name.startswith(".") and "=" not in name:
+            text = read_small(f"{CONTAINER_ENVIRONMENT}/{name}", 1 << 17) or b""
+            environ[name] = text.replace(b"\0", b"\n").decode("utf-8", "surrogateescape").removesuffix("\n")
+    for ignored in ("PIPE", "XFSZ"):  # by Python, which the other program must not inherit
+        signal.signal(SIGNALS[ignored], signal.SIG_DFL)
+    command = list(argv) or ["sh"]
+    try:
+        os.execve(find_program(command[0], environ), command, environ)
+    except OSError as error:
+        raise Error(f"cannot execute {command[0]}: {reason(error)}") from None
+
+
 def main(argv: Sequence[str] = ()) -> int:
     """Run one command line (without the program's name); returns the exit code. Lets no exception out."""
     try:
         for fd in (0, 1, 2):
             _keep_open(fd)
-        if os.path.basename(sys.argv[0]) == "init":
+        name = os.path.basename(sys.argv[0])
+        if name == "with-contenv":
+            return with_contenv(argv)
+        if name == "init":
             argv = ["init", "--", *argv]
         return run_command_line(argv)
     except KeyboardInterrupt:

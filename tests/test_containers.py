@@ -27,6 +27,7 @@ def image(podman: Podman, alpine: Path, executable: Path, tmp_path_factory: pyte
     shutil.copytree(alpine, tree, symlinks=True)
     shutil.copy(executable, tree / "sbin/etcdinit")
     (tree / "init").symlink_to("sbin/etcdinit")
+    (tree / "usr/bin/with-contenv").symlink_to("/sbin/etcdinit")
     for name in ("cont-init.d", "cont-finish.d"):
         script = tree / f"etc/{name}/tell"
         script.parent.mkdir()
@@ -159,6 +160,14 @@ def test_not_process_1_in_a_container(box: Box) -> None:
     assert "as a subreaper" in done.stderr, done
     assert done.stdout.splitlines()[-1] == "code 0"
     assert {"started", "orphan ends"} < set(done.stdout.splitlines())
+
+
+def test_a_run_script_of_s6_overlay(box: Box) -> None:
+    box.service("web")
+    (box.services / "web/run").write_text('#!/usr/bin/with-contenv sh\necho "$GREETING $1"; exec sleep 1000\n')
+    box.start(flags=("-e", "GREETING=hello"))
+    box.up("web")
+    eventually(lambda: "hello web\n" in box.podman.podman("logs", box.name).stdout)
 
 
 def test_orphans_leave_no_zombies(box: Box) -> None:

@@ -142,6 +142,32 @@ def test_a_new_pid_namespace_where_it_is_allowed(container: Container) -> None:
     eventually(lambda: container.text("end") == "256 9\n")
 
 
+def test_what_keeps_a_script_from_running_is_told(container: Container) -> None:
+    container.service("one", "#!/no/such/shell\n")
+    container.service("two", "#!/bin/sh\n").joinpath("run").chmod(0o644)
+    container.service("three", "exec sleep 1").joinpath("run").write_text("exec sleep 1\n")
+    container.start()
+    log_has(container, "cannot start one: no such file or directory (its first line names /no/such/shell)")
+    log_has(container, "cannot start two: permission denied (it is not executable: chmod +x)")
+    log_has(container, "cannot start three: exec format error (it has no #! line)")
+
+
+def test_scripts_that_say_with_contenv_run(container: Container) -> None:
+    """As in images of s6-overlay; the name is a link to etcdinit."""
+    link = container.place / "with-contenv"
+    link.symlink_to(container.program[-1])
+    words = " ".join([*container.program[:-1], str(link)])
+    container.write("etc/cont-init.d/1", "#!/bin/sh\nmkdir -p /run/s6/container_environment\n"
+                    "printf 'from a hook\\n' > /run/s6/container_environment/GIVEN\n")
+    container.environ["OWN"] = "of the container"
+    container.service("web", f'[ -n "$GIVEN" ] || exec {words} sh "$0" again\n'
+                             'grep SigIgn /proc/self/status > "$PLACE/ignored"\n'
+                             'echo "$GIVEN, $OWN, $1" > "$PLACE/seen"; exec sleep 1000')
+    container.start()
+    eventually(lambda: container.text("seen") == "from a hook, of the container, again\n")
+    assert int(container.text("ignored").split()[1], 16) & 0x7FFFFFFF == 0
+
+
 # ---- lives after each other ---------------------------------------------------------------------------------
 
 def test_a_container_that_is_started_again_begins_afresh(container: Container) -> None:
