@@ -10147,6 +10147,8 @@ class Renderer:
         self.reread = False  # SIGHUP has come
         self.asked = False  # SIGUSR1 has come: a verb has left a request
         self._lock = -1  # of the state of services
+        self._rendered = False  # something, since the last look at files
+        self._untrimmed = True
         self._problem = ""  # what keeps this from being ready, as it was told last
         self._sound = True  # conf.d could be read whole
         self._stamps: list[tuple[str, Any]] = []  # of conf.d's files
@@ -10269,6 +10271,12 @@ class Renderer:
     def _look_at_files(self) -> None:
         """Read conf.d again if it has changed or we were told to, and render what a changed template belongs to."""
         self._files_at = now() + FILES_INTERVAL
+        if native and not self._rendered and self._untrimmed:
+            self._untrimmed = False
+            gc.collect()
+            native.trim()  # as PID 1 does: code that is not needed at rest is in the page cache too
+        self._untrimmed = self._untrimmed or self._rendered
+        self._rendered = False
         if not self._running() and not any(bond.command for bond in self.bonds.values()):
             _reap_orphans()
         stamps = self._conf_stamps()
@@ -10510,6 +10518,7 @@ class Renderer:
 
     def _start(self, unit: Unit) -> None:
         """Render, up to the first check command if there is one."""
+        self._rendered = True
         unit.began = time.time() - (now() - unit.since if unit.since else 0.0)
         unit.since = unit.due = 0.0
         bond, revision = unit.bond, self.mirror.tree.revision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,13 +12,17 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from support import eventually, free_port, need
-from support.etcd_server import EtcdServer
+from support.certificates import Authority
+from support.container import Container
+from support.dns_servers import dnsmasq
+from support.etcd_server import EtcdServer, find_etcd
 
 SET = Path(__file__).resolve().parent.parent / "templates" / "nginx-lb"
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
@@ -279,3 +284,73 @@ def test_a_wrong_instance_is_named_and_left_out(lb: LoadBalancer, backend: Calla
     assert "server [2001:db8::1]:80 down;" in text
     lb.start()
     assert lb.body("shop.example.org").startswith("shop ")
+
+
+# ---- the whole image: init, renderer, nginx; three members over TLS, found by SRV -------------------------
+
+def test_as_a_container_on_a_cluster_over_tls_found_by_srv(tmp_path: Path, program: list[str],
+                                                           backend: Callable[[str], str]) -> None:
+    need(shutil.which("nginx", path=PATH) and shutil.which("dnsmasq", path=PATH), "nginx and dnsmasq")
+    binary_path = find_etcd("3.5")
+    need(binary_path, "etcd 3.5")
+    authority = Authority(tmp_path / "ca")
+    signed = authority.issue("DNS:example.org", "DNS:localhost", "IP:127.0.0.1")
+    ports = [(free_port(), free_port()) for _ in range(3)]
+    names = ",".join(f"m{index}=http://127.0.0.1:{peer}" for index, (_, peer) in enumerate(ports))
+    members = [EtcdServer(str(binary_path), tmp_path / "etcd", "--cert-file", signed.cert_path, "--key-file",
+                          signed.key_path, name=f"m{index}", scheme="https", context=authority.context(),
+                          cluster=names, ports=pair).spawn() for index, pair in enumerate(ports)]
+    lines = ["no-resolv", "no-hosts", "bind-interfaces", "local=/example.org/", *(
+        f"srv-host=_etcd-client-ssl._tcp.example.org,etcd{index}.example.org,{client}"
+        for index, (client, _) in enumerate(ports)), *(
+        f"host-record=etcd{index}.example.org,127.0.0.1" for index in range(3)), ""]
+    box = Container(program)
+    listen, stack = free_port(), contextlib.ExitStack()
+    try:
+        for member in members:
+            member.wait()
+        address, port = stack.enter_context(dnsmasq(tmp_path, "\n".join(lines)))
+        (tmp_path / "resolv.conf").write_text(f"nameserver [{address}]:{port}\n")
+        shutil.copytree(SET / "services.d", box.place / "services", dirs_exist_ok=True)
+        shutil.copytree(SET / "templates", box.place / "etc/confd/templates")
+        conf = box.place / "work" / "nginx.conf"  # /etc of this container is read-only
+        box.write("etc/confd/conf.d/nginx.toml", (SET / "conf.d/nginx.toml").read_text().replace(
+            "/etc/nginx/nginx.conf", str(conf)))
+        box.environ |= {
+            "PATH": PATH, "ETCD_SRV_DOMAIN": "example.org", "ETCD_CA": authority.pem, "NGINX_LB_USER": "root",
+            "ETCDINIT_RESOLV_CONF": str(tmp_path / "resolv.conf"), "NGINX_LB_HTTP": f"127.0.0.1:{listen}",
+            "NGINX_LB_ACCESS_LOG": "off", "NGINX_LB_CONF": str(conf)}
+        box.start()
+        eventually(lambda: box.verb("wait", "nginx", "confd", "--timeout", "5s").returncode == 0, 60,
+                   lambda: box.text("log")[-3000:])
+
+        def body(host: str) -> str:
+            connection = http.client.HTTPConnection("127.0.0.1", listen, timeout=20)
+            try:
+                connection.request("GET", "/", headers={"Host": host})
+                answer = connection.getresponse()
+                return f"{answer.status} {answer.read().decode()}"
+            except OSError as error:
+                return str(error)
+            finally:
+                connection.close()
+
+        # application containers come and go by keys, and so do members of etcd
+        members[0].put_many([("/lb/upstreams/shop/one", backend("one")), (f"{SHOP}/upstream", "shop")])
+        eventually(lambda: body("shop.example.org").startswith("200 one"), what=lambda: box.text("log")[-3000:])
+        members[0].kill()
+        time.sleep(2.5)  # if that was the leader, there is another by now
+        members[1].wait()
+        members[1].put("/lb/upstreams/shop/two", backend("two"))
+        members[1].delete("/lb/upstreams/shop/one")
+        eventually(lambda: body("shop.example.org").startswith("200 two"), what=lambda: box.text("log")[-3000:])
+        members[2].delete("/lb/upstreams/shop/two")
+        eventually(lambda: body("shop.example.org").startswith("503"))
+        found = json.loads(box.verb("history", "nginx", "--json").stdout)
+        assert {row["result"] for row in found} == {"live"} and box.verb("status", "nginx").stdout.startswith("nginx")
+        assert box.stop() < 8
+    finally:
+        box.close()
+        stack.close()
+        for member in members:
+            member.kill()
