@@ -1909,7 +1909,7 @@ class Supervised:
     def close(self) -> None:
         """End all of it."""
         known = {*etcdinit.descendants(self.process.pid), *self.pids.values()} - {0}
-        for pid in [self.process.pid, *sorted(known)]:
+        for pid in [*self.supervisors(), *sorted(known)]:  # who would start others goes first
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -62,16 +62,14 @@ def settings(request: pytest.FixtureRequest, servers: dict[str, EtcdServer], aut
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(public_place: Path) -> Path:
     """What is put into a tree or container: confd/ and services/, and an out/ that everybody may write to."""
     for name in ("confd/conf.d", "confd/templates", "services", "out"):
-        (tmp_path / name).mkdir(parents=True)
-    for path in (tmp_path, *tmp_path.parents[:3]):
-        path.chmod(0o755)
-    (tmp_path / "out").chmod(0o777)
-    (tmp_path / "confd/conf.d/hosts.toml").write_text(RESOURCE)
-    (tmp_path / "confd/templates/hosts.tmpl").write_text(TEMPLATE)
-    return tmp_path
+        (public_place / name).mkdir(parents=True)
+    (public_place / "out").chmod(0o777)
+    (public_place / "confd/conf.d/hosts.toml").write_text(RESOURCE)
+    (public_place / "confd/templates/hosts.tmpl").write_text(TEMPLATE)
+    return public_place
 
 
 def service(place: Path, name: str, run: str) -> None:
