@@ -1127,6 +1127,7 @@ def install_servers() -> None:
 
 
 NO_TESTS = 5  # what pytest ends with if it had none to run
+SIDE_BY_SIDE = ("-n", str(2 * (os.cpu_count() or 1)), "--dist", "loadfile")  # most of their time tests wait
 
 
 def test(arguments: list[str]) -> int:
@@ -1151,7 +1152,7 @@ def test(arguments: list[str]) -> int:
     wrong += [name for name, argv in checks.items() if subprocess.run(argv, cwd=ROOT).returncode]
     for program in programs:
         say(f"pytest on {program and os.path.relpath(program, ROOT) or 'etcdinit.py'}")
-        code = subprocess.run([python, "-m", "pytest", "--durations=15", *arguments], cwd=ROOT,
+        code = subprocess.run([python, "-m", "pytest", *SIDE_BY_SIDE, "--durations=15", *arguments], cwd=ROOT,
                               env={**os.environ, "PATH": SEARCH_PATH, "ETCDINIT_PROGRAM": program}).returncode
         if code and not (program and code == NO_TESTS):  # of those that arguments name none may start the program
             wrong.append(f"pytest on {program or 'etcdinit.py'}")

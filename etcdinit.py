@@ -142,9 +142,9 @@ def from_json(data: bytes | bytearray | str) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """json.dumps of dictionaries, lists, texts, numbers and None."""
+    """json.dumps of dictionaries, lists, texts, numbers and None, without blanks."""
     encoder = json_c.make_encoder(None, None, json_c.encode_basestring_ascii,  # type: ignore[arg-type]
-                                  None, ": ", ", ", False, False, True)
+                                  None, ":", ",", False, False, True)
     return "".join(encoder(value, 0))
 
 
@@ -2874,8 +2874,9 @@ PROBE_INTERVAL = 10.0  # seconds of silence after which the member is asked whet
 RECONNECT_FIRST, RECONNECT_LIMIT = 0.2, 10.0  # seconds: the longest first pause and the longest of all
 MAX_MESSAGE = MAX_ANSWER  # bytes of one line of a stream, and of the fragments of one message
 READ_AT_ONCE = 1 << 20  # bytes of one stream after which others get their turn
-MOST_RANGES = 8  # that are watched one by one; of more, neighbours are watched together and sorted out here
-WATCH_BODY = 512  # bytes of one request: once etcd answers the first watch it throws away what it has not read by then
+MOST_RANGES = 4  # that are watched one by one; of more, neighbours are watched together and sorted out here
+WATCH_BODY = 512  # bytes of one request, four watches of short keys: etcd throws away what it has not read of it when
+# it answers the first
 
 if TYPE_CHECKING:
     Event = tuple[int, str, str, str]  # revision; "put", "delete" or "prune" (the key and all below it); key; value
