@@ -431,9 +431,10 @@ main(int argc, char **argv)
     PyObject *words = PySys_GetObject("argv");
     if (module && words && (words = PySequence_GetSlice(words, 1, PY_SSIZE_T_MAX)))
         code = PyObject_CallMethod(module, "main", "O", words);
-    if (!code) {  /* main() lets nothing out: this is about memory */
+    if (!code) {  /* main() lets nothing out */
+        int memory = PyErr_ExceptionMatches(PyExc_MemoryError);
         PyErr_Print();
-        leave("out of memory", NULL);
+        leave(memory ? "out of memory" : "see above", NULL);
     }
     _exit((int)PyLong_AsLong(code));  /* without taking Python apart, which nobody needs; output is never buffered */
 }
@@ -457,9 +458,7 @@ def _load(part):
     exec(_etcdinit.part(part), globals())
 
 _others = %r
-for _name, _value in vars(_builtins).items():
-    if _name[0] != "_" and _name not in _part_of:
-        globals()[_name] = _value  # found there at once
+globals().update({name: value for name, value in vars(_builtins).items() if name[0] != "_" and name not in _part_of})
 __builtins__ = _Missing(vars(_builtins))
 """  # what the module etcdinit in the executable is, see there: where each name is; parts with several names
 FREEZE = r'''
@@ -490,12 +489,26 @@ paths = {"_frozen_importlib": "importlib/_bootstrap.py",
          "_frozen_importlib_external": "importlib/_bootstrap_external.py"}
 table, code, listing = [], b"", {}
 
+def texts(value):
+    """Every text in a code object."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (tuple, frozenset)):
+        for item in value:
+            yield from texts(item)
+    elif hasattr(value, "co_code"):
+        for field in (value.co_consts, value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars,
+                      (value.co_name, value.co_qualname, value.co_filename)):
+            yield from texts(field)
+
 def freeze(name, source, file, package=False):
     """Add a module, or a part of one, given as text or tree."""
     global code
     flags, level = (__future__.annotations.compiler_flag, 0) if file == "etcdinit.py" else (0, 2)
     compiled = compile(source, file, "exec", flags, dont_inherit=True, optimize=level)
-    data = marshal.dumps(marshal.loads(marshal.dumps(compiled)))
+    compiled = marshal.loads(marshal.dumps(compiled))
+    held = list(texts(compiled))  # what marshal writes depends on whether others refer to a text: now somebody does
+    data = marshal.dumps(compiled)
     if name:
         table.append(f'{{"{name}", frozen_code + {len(code)}, {len(data)}, {int(package)}}},')
         listing[name] = len(data)
@@ -564,6 +577,7 @@ for call in ast.walk(tree):
             pattern = eval(compile(ast.Expression(call.args[0]), "", "eval"), vars(etcdinit))
             re._compiler.compile(pattern)
 freeze("_etcdinit_patterns", f"PATTERNS = {ready!r}", "_etcdinit_patterns")
+assert not set(where) & set().union(*map(bound, ast.parse(IN_PARTS.replace("%r", "{}")).body)) - {"__builtins__"}
 others = {number[part]: sorted(name for name in where if where[name] == part) for part in parts if part not in where}
 begin = "".join(f"_load({number[where[name]]})\n" for name in ("sys", "Lazy", "LAZY_MODULES", "main"))
 freeze("etcdinit", IN_PARTS % ({name: number[where[name]] for name in sorted(where)}, others) + begin, "etcdinit.py")
@@ -751,7 +765,8 @@ def link(target: str, name: str, program: str, keys: Mapping[str, object] | None
     (place / "etcdinit.py").write_text(program)
     (place / "freeze.py").write_text(f"NOT_FROZEN, IN_PARTS = {NOT_FROZEN!r}, {IN_PARTS!r}\n{FREEZE}")
     step(f"{target}: freeze {name}", [host / "python" / "python", "-s", "-S", "-X", "no_debug_ranges", "freeze.py",
-         "etcdinit.py", "."], cwd=place, env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"})
+         "etcdinit.py", "."], cwd=place, env={
+             "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "none"})  # always the same
     with (place / "frozen.h").open("a") as file:
         file.write(f"#define BUILD {json.dumps(chr(10).join(versions()))}\n")
     (place / "frozen.S").write_text(FROZEN_ASSEMBLER)
@@ -1238,7 +1253,8 @@ def test_runtime(arguments: list[str]) -> int:
               (logs / f"{name}.log").open("wb") as log):
             try:
                 subprocess.run([home / "python", "-c", RUN_TESTS, name, logs / f"{name}.json"], cwd=scratch, stdout=log,
-                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=240,
+                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=600,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
                                env={**os.environ, "TMPDIR": scratch, "LC_ALL": "C.UTF-8"})
             except subprocess.TimeoutExpired:
                 pass
