@@ -178,9 +178,9 @@ def test_one_failure_keeps_all_files_of_a_service(box: Bound) -> None:
     assert [str(path) for path in box.place.rglob(".*-*")] == []
 
 
-@pytest.mark.parametrize(("word", "why"), [("crash", "it ended: exit code 7"), ("later", "it ended: SIGALRM"),
-                                           ("refuse", "verify_cmd: exit status 1")])
-@pytest.mark.parametrize("reload", ["signal HUP", "restart"])
+@pytest.mark.parametrize(("word", "why", "reload"), [
+    ("crash", "it ended: exit code 7", "signal HUP"), ("crash", "it ended: exit code 7", "restart"),
+    ("later", "it ended: SIGALRM", "signal HUP"), ("refuse", "verify_cmd: exit status 1", "restart")])
 def test_what_a_service_does_not_bear_is_taken_back(box: Bound, word: str, why: str, reload: str) -> None:
     secret = box.resource("secret.conf", template='{{getv "/app/word"}} {{getv "/app/secret" ""}}', secret=True)
     verify = "2s" if word == "refuse" else "5s"  # a slow machine may need seconds to start it anew
