@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,8 @@ sys.exit(etcdinit.main(sys.argv[4:]))
 class Place:
     """Two files bound to one service under a real supervisor of ours, and renderers that are started one by one."""
 
-    def __init__(self, place: Path, etcd: EtcdServer) -> None:
+    def __init__(self, place: Path, etcd: EtcdServer, *supervise: str) -> None:
+        """supervise: the command that supervises a directory, else ours."""
         self.etcd = etcd
         self.place, self.run, self.out = place, place / "run", place / "out"
         for name in ("run", "out", "confd/conf.d", "confd/templates", "services"):
@@ -70,7 +72,7 @@ class Place:
         (service / "run").chmod(0o755)
         (service / "down").touch()
         self.supervisor = subprocess.Popen(
-            [sys.executable, "-m", "support.one_service", str(service)], cwd=ROOT / "tests",
+            [*(supervise or (sys.executable, "-m", "support.one_service")), str(service)], cwd=ROOT / "tests",
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, stderr=subprocess.DEVNULL)
         eventually(lambda: (service / "supervise/status").exists())
         self.renderer: subprocess.Popen[bytes] | None = None
@@ -256,6 +258,24 @@ def test_an_etcd_that_is_killed_after_a_change_does_not_stop_it(place: Place) ->
     finally:
         place.etcd.start()
     place.wait(lambda: place.settled("new") and place.said() == "new")
+
+
+# ---- somebody else's supervisor ---------------------------------------------------------------------------
+
+def test_a_service_under_a_real_s6_supervise_is_bound_as_well(tmp_path: Path, etcd35: EtcdServer) -> None:
+    need(shutil.which("s6-supervise"), "s6-supervise (apt install s6)")
+    place = Place(tmp_path, etcd35, "s6-supervise")
+    try:
+        up(place)
+        place.start()
+        place.wait(lambda: "rendered" in place.text())
+        place.put("new")
+        place.wait(lambda: place.settled("new") and place.said() == "new")
+        for word, why in (("refuse", "verify_cmd"), ("crash", "it ended")):
+            place.put(word)
+            place.wait(lambda why=why: place.settled("new", why) and place.said() == "new")
+    finally:
+        place.close()
 
 
 # ---- a full disk ------------------------------------------------------------------------------------------
