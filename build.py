@@ -579,7 +579,8 @@ for call in ast.walk(tree):
 freeze("_etcdinit_patterns", f"PATTERNS = {ready!r}", "_etcdinit_patterns")
 assert not set(where) & set().union(*map(bound, ast.parse(IN_PARTS.replace("%r", "{}")).body)) - {"__builtins__"}
 others = {number[part]: sorted(name for name in where if where[name] == part) for part in parts if part not in where}
-begin = "".join(f"_load({number[where[name]]})\n" for name in ("sys", "Lazy", "LAZY_MODULES", "main"))
+begin = "".join(f"_load({number[where[name]]})\n" for name in ("sys", "Lazy", "LAZY_MODULES", "main")
+                if name in where)
 freeze("etcdinit", IN_PARTS % ({name: number[where[name]] for name in sorted(where)}, others) + begin, "etcdinit.py")
 odd = {"builtins": "NULL", "sys": "NULL", "marshal": "PyMarshal_Init", "_warnings": "_PyWarnings_Init"}
 inits = {name: odd.get(name, f"PyInit_{name}") for name in builtin if name != "_etcdinit"}
