@@ -854,7 +854,7 @@ def bill_of_materials(made: Path) -> Path:
 def install_tools() -> None:
     """Get what the build needs. As root on Debian by apt-get; elsewhere say what is missing."""
     missing = [row for row in BUILD_TOOLS if not (Path(row[1]).exists() or shutil.which(row[1], path=SEARCH_PATH)
-                                                  or importlib.util.find_spec(row[1].replace("/", "_")))]
+                                                  or (row[1].isidentifier() and importlib.util.find_spec(row[1])))]
     install_packages(missing, "not installed, and needed to build:")
 
 
