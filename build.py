@@ -757,7 +757,7 @@ def executable(target: str) -> Path:
 def link(target: str, name: str, program: str, keys: Mapping[str, object] | None = None) -> Path:
     """Freeze the modules that a program (etcdinit.py, or what a benchmark makes of it) needs, and link everything."""
     place, host = BUILD / target / f"link-{name}", BUILD / machine()
-    key = digest(keys, LAUNCHER, IN_PARTS, FREEZE, LINK, NOT_FROZEN, program, versions())
+    key = digest(keys, LAUNCHER, IN_PARTS, FREEZE, LINK, NOT_FROZEN, program, versions(target))
     done, made = place.with_suffix(".done"), place / "etcdinit"
     if keys and done.exists() and done.read_text() == key:
         return made
@@ -769,10 +769,11 @@ def link(target: str, name: str, program: str, keys: Mapping[str, object] | None
          "etcdinit.py", "."], cwd=place, env={
              "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "none"})  # always the same
     with (place / "frozen.h").open("a") as file:
-        file.write(f"#define BUILD {json.dumps(chr(10).join(versions()))}\n")
+        file.write(f"#define BUILD {json.dumps(chr(10).join(versions(target)))}\n")
     (place / "frozen.S").write_text(FROZEN_ASSEMBLER)
     (place / "launcher.c").write_text(LAUNCHER)
     step(f"{target}: link {name}", ["sh", "-eux", "-c", LINK], cwd=place, env={
+        "LAYOUT": "-Wl,-z,noseparate-code" if target == machine() else "",  # zig's linker does not know it
         "CC": str(BUILD / target / "bin" / "musl-cc"), "PYTHON_SOURCE": str(BUILD / "source" / "python3.13"),
         "PYTHON": str(BUILD / target / "python"), "OPENSSL": str(BUILD / target / "openssl")})
     done.write_text(key)
@@ -783,15 +784,16 @@ LINK = r"""
 "$CC" -I"$PYTHON_SOURCE/Include" -I"$PYTHON_SOURCE/Include/internal" -I"$PYTHON" -DPy_BUILD_CORE -o etcdinit \
     launcher.c frozen.S "$PYTHON/libpython3.13.a" "$PYTHON"/Modules/_hacl/libHacl_Hash_SHA2.a \
     "$OPENSSL/lib/libssl.a" "$OPENSSL/lib/libcrypto.a" -lm \
-    -Wl,--gc-sections -Wl,--build-id=none -Wl,-z,norelro -Wl,-z,noseparate-code -s
+    -Wl,--gc-sections -Wl,--build-id=none -Wl,-z,norelro $LAYOUT -s
 """
 
 
-def versions() -> list[str]:
+def versions(target: str) -> list[str]:
     """What `etcdinit --version` tells of the executable, line by line."""
     commit = os.environ.get("ETCDINIT_COMMIT") or git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return [f"{label} {SOURCES[name].version}" for label, name in (
-        ("CPython", "python3.13"), ("OpenSSL", "openssl"), ("musl", "musl"))] + [f"commit {commit or 'unknown'}"]
+    libc = f"musl {SOURCES['musl'].version}" if target == machine() else f"musl of {pins()['ziglang']}"
+    return [f"CPython {SOURCES['python3.13'].version}", f"OpenSSL {SOURCES['openssl'].version}", libc,
+            f"commit {commit}"]
 
 
 BILL = r"""
@@ -838,6 +840,8 @@ def bill_of_materials(made: Path) -> Path:
     """Write what an executable is made of beside it, as CycloneDX."""
     rows = []
     for name, label, cpe, license in PARTS_OF_BILL:
+        if name == "musl" and made.name != "etcdinit":
+            continue  # zig brought its own
         source = SOURCES[name]
         release = source.version.rpartition("-")[0]
         rows.append({"name": name, "label": label, "release": release, "license": license, "version": source.version,
