@@ -330,20 +330,35 @@ def test_a_start_with_a_broken_template_or_resource(box: Bound, name: str, text:
     box.says("loaded one")
 
 
-def test_a_start_without_etcd(box: Bound) -> None:
+@pytest.mark.parametrize("seconds", [0, pytest.param(20, marks=pytest.mark.long)])
+def test_a_start_without_etcd(box: Bound, seconds: int) -> None:
     box.daemon()
+    box.daemon("other")
+    box.write("work/other.conf", "other")
     box.resource("app.conf")
     box.etcd.put("/app/word", "one")
     box.etcd.kill()
     try:
+        began = time.monotonic()
         box.start()
         eventually(lambda: "waiting for etcd: " in (box.status()["problem"] or ""))
-        assert box.status()["problem"].startswith("waits for configuration: waiting for etcd: ")
-        assert "waiting for etcd: " in box.status("confd")["problem"] and "waiting for etcd: " in box.text("log")
+        box.says("loaded other")  # who has no resources runs
+        other = box.status("other")["pid"]
         assert box.verb("render", "--once").returncode == 3
+        while True:  # all the time it stays as it is, and tells why
+            assert box.status()["problem"].startswith("waits for configuration: waiting for etcd: ")
+            assert "waiting for etcd: " in box.status("confd")["problem"] and "waiting for etcd: " in box.text("log")
+            assert "waits for configuration: waiting for etcd: " in box.verb("status", "app").stdout
+            assert box.status()["state"] == "down" and not box.status("confd")["ready"]
+            assert box.status("other")["state"] == "up" and box.status("other")["pid"] == other
+            if time.monotonic() > began + seconds:
+                break
+            time.sleep(1)
     finally:
         box.etcd.start()
     box.says("loaded one")
+    eventually(lambda: not box.status()["problem"] and box.status("confd")["ready"], what="all is well")
+    assert box.status("other")["pid"] == other
 
 
 def test_a_longest_outage_ends_the_container(box: Bound) -> None:
