@@ -65,9 +65,9 @@ def alpine() -> Path:
 
 
 @pytest.fixture(scope="session")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    """Real containers."""
-    engine = Podman(tmp_path_factory.mktemp("podman"))
+def podman() -> Iterator[Podman]:
+    """Real containers; podman takes no longer path than 50 characters."""
+    engine = Podman(Path(tempfile.mkdtemp(prefix="etcdinit-podman-", dir="/tmp")))
     yield engine
     engine.close()
 
