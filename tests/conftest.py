@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import py_compile
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import need
 from support.alpine import alpine_tree
+from support.container import Container
+from support.follow import Follow
 from support.go import GoTemplates, go_tool
 from support.go_values import GoValues
+from support.image import Image
 from support.podman import Podman
 
 pytest_plugins = ["support.etcd_server"]
@@ -39,6 +44,35 @@ def compiled_module() -> Path:
         shutil.copyfile(file.name, fresh)
         fresh.rename(target)
     return target
+
+
+@pytest.fixture
+def image(program: list[str], tmp_path: Path) -> Image:
+    """conf.d and templates in a directory, and the program on them."""
+    return Image(program, tmp_path)
+
+
+@pytest.fixture
+def follow(image: Image) -> Iterator[Any]:
+    """Starts the program; whatever still runs at the end is killed."""
+    made: list[Follow] = []
+
+    def start(url: Any, *flags: str, **options: Any) -> Follow:
+        made.append(Follow(image, url, *flags, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.process.send_signal(signal.SIGCONT)
+        each.kill()
+
+
+@pytest.fixture
+def container(program: list[str]) -> Iterator[Container]:
+    """A process namespace in which `init` is process 1."""
+    box = Container(program)
+    yield box
+    box.close()
 
 
 @pytest.fixture

@@ -26,11 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VERB_NAMES = ["render", "check", "template", "get", "ls"]
 
 
-@pytest.fixture
-def image(program: list[str], tmp_path: Path) -> Image:
-    return Image(program, tmp_path)
-
-
 # ---- help and version ---------------------------------------------------------------------------------
 
 def test_the_version(program: list[str]) -> None:

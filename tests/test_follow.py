@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import eventually, free_port, need
 from support.etcd_server import EtcdServer, find_etcd
-from support.follow import Follow, holds, module_with
+from support.follow import holds, module_with
 from support.image import Image
 from support.proxy import Proxy
 
@@ -143,25 +142,6 @@ def test_debounce_is_a_quiet_time_and_a_longest_one() -> None:
 
 
 # ---- the program on a real etcd -----------------------------------------------------------------------
-
-@pytest.fixture
-def image(program: list[str], tmp_path: Path) -> Image:
-    return Image(program, tmp_path)
-
-
-@pytest.fixture
-def follow(image: Image) -> Iterator[Any]:
-    """Starts the program; whatever still runs at the end is killed."""
-    made: list[Follow] = []
-
-    def start(url: str, *flags: str, **options: Any) -> Follow:
-        made.append(Follow(image, url, *flags, **options))
-        return made[-1]
-
-    yield start
-    for each in made:
-        each.kill()
-
 
 def test_a_change_is_in_the_file_and_reloaded(image: Image, follow: Any, etcd: EtcdServer) -> None:
     reloads = image.home / "reloads"

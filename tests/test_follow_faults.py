@@ -9,40 +9,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import eventually, free_port, need
 from support.etcd_server import EtcdServer, find_etcd
-from support.follow import Follow, holds, module_with
+from support.follow import holds, module_with
 from support.image import Image
 from support.proxy import Proxy
 
 
 def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
-
-
-@pytest.fixture
-def image(program: list[str], tmp_path: Path) -> Image:
-    return Image(program, tmp_path)
-
-
-@pytest.fixture
-def follow(image: Image) -> Iterator[Any]:
-    """Starts the program; whatever still runs at the end is killed."""
-    made: list[Follow] = []
-
-    def start(url: Any, *flags: str, **options: Any) -> Follow:
-        made.append(Follow(image, url, *flags, **options))
-        return made[-1]
-
-    yield start
-    for each in made:
-        each.process.send_signal(signal.SIGCONT)
-        each.kill()
 
 
 def server_of(version: str, directory: Path, *flags: str, **options: Any) -> EtcdServer:

@@ -25,13 +25,6 @@ import etcdinit
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def container(program: list[str]) -> Iterator[Container]:
-    box = Container(program)
-    yield box
-    box.close()
-
-
 # ---- CMD and the exit code --------------------------------------------------------------------------------
 
 def test_the_exit_code_of_the_command_is_the_containers(program: list[str]) -> None:

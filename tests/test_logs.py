@@ -22,13 +22,6 @@ import etcdinit
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def container(program: list[str]) -> Iterator[Container]:
-    box = Container(program)
-    yield box
-    box.close()
-
-
 # ---- lines ------------------------------------------------------------------------------------------------
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=6), st.sampled_from(["text", "prefix", "json"]))

@@ -25,12 +25,6 @@ from support.image import Image, Ran, run
 import etcdinit
 from etcdinit import RenderOptions, diff_lines, effective_prefix, follow, load_resources, parse_mode, parse_resources
 
-
-@pytest.fixture
-def image(program: list[str], tmp_path: Path) -> Image:
-    return Image(program, tmp_path)
-
-
 # ---- resource files -----------------------------------------------------------------------------------
 
 def test_every_name_that_ends_in_toml_is_a_resource_file_in_the_order_of_names(tmp_path: Path) -> None:

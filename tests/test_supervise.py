@@ -30,13 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def container(program: list[str]) -> Iterator[Container]:
-    box = Container(program)
-    yield box
-    box.close()
-
-
-@pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Container]:
     box = Container(patched_program(tmp_path))
     yield box
