@@ -68,7 +68,7 @@ def test_a_key_says_who_is_the_primary_and_replication_follows(databases: dict[s
     etcd35.put("/mariadb/members/db2/id", "2")
     for each in (one, two):
         each.up("mariadb")
-        waited = each.verb("wait", "mariadb", "--timeout", "90s")
+        waited = each.verb("wait", "mariadb", "--timeout", "50s")
         assert waited.returncode == 0, each.text("log")[-3000:]
     one.sql("create database shop; create table shop.orders (n int primary key); create user app identified by 'app';"
             "grant insert, select on shop.* to app")
