@@ -440,6 +440,14 @@ def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
     os.rename(f"{path}.new", path)
 
 
+def remove_file(path: str) -> None:
+    """Remove a file that may be gone already. OSError."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
 def remove_tree(path: str) -> None:
     """Remove a directory and all in it; links are removed, not followed. What cannot be removed stays."""
     try:
@@ -2875,8 +2883,7 @@ RECONNECT_FIRST, RECONNECT_LIMIT = 0.2, 10.0  # seconds: the longest first pause
 MAX_MESSAGE = MAX_ANSWER  # bytes of one line of a stream, and of the fragments of one message
 READ_AT_ONCE = 1 << 20  # bytes of one stream after which others get their turn
 MOST_RANGES = 4  # that are watched one by one; of more, neighbours are watched together and sorted out here
-WATCH_BODY = 512  # bytes of one request, four watches of short keys: etcd throws away what it has not read of it when
-# it answers the first
+WATCH_BODY = 512  # bytes of one request: when etcd answers the first watch in it, it throws away what it has not read
 
 if TYPE_CHECKING:
     Event = tuple[int, str, str, str]  # revision; "put", "delete" or "prune" (the key and all below it); key; value
@@ -9029,14 +9036,6 @@ def put_back(path: str, old: Present, lenient: bool = True) -> None:
         raise
 
 
-def remove_file(path: str) -> None:
-    """Remove a file that may be gone already. OSError."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
 def write_in_place(path: str, wanted: Wanted, lenient: bool = False) -> None:
     """Overwrite a file that cannot be replaced. If that fails, the old contents are put back. OSError."""
     with open(path, "rb") as file:
@@ -11949,9 +11948,7 @@ class Supervisor:
 
     def remove_down_file(self, service: Service) -> None:
         try:
-            os.unlink(f"{service.directory}/down")
-        except FileNotFoundError:
-            pass
+            remove_file(f"{service.directory}/down")
         except OSError as error:
             log.warning(f"cannot remove {service.directory}/down: {reason(error)}")
 
@@ -12569,10 +12566,7 @@ class Init(Supervisor):
     def clear(self) -> None:
         """Remove what an earlier life left behind, as when a container is started again. OSError."""
         for name in ("control", os.path.basename(OWN_RESULT)):
-            try:
-                os.unlink(f"{self.run_directory}/.s6-svscan/{name}")
-            except FileNotFoundError:
-                pass
+            remove_file(f"{self.run_directory}/.s6-svscan/{name}")
         if os.path.realpath(self.run_directory) == os.path.realpath(self.services_directory):
             return
         for name in service_names(self.run_directory):
@@ -13253,7 +13247,6 @@ WAITS: dict[str, tuple[str, Callable[[Status], bool]]] = {  # state: the event t
     "down": ("d", lambda status: not status.up),
     "finished": ("D", lambda status: not status.up and status.ready),
 }
-_EVENTS_AGAINST = {"u": "up ready", "U": "", "d": "down", "D": "down finished"}  # which states an event brings
 
 
 class StateWait:
@@ -13694,10 +13687,8 @@ def confd_form(arguments: Sequence[str]) -> str:
 
 def write_out(text: str) -> None:
     """Write to standard output; quietly not if nobody reads it any more. Error if it cannot be written."""
-    view = memoryview(text.encode("utf-8", "surrogateescape"))
     try:
-        while view:
-            view = view[os.write(1, view):]
+        write_all(1, text.encode("utf-8", "surrogateescape"))
     except BrokenPipeError:
         pass
     except OSError as error:
@@ -14033,8 +14024,8 @@ def _listen(directories: Sequence[str]) -> list[Listener]:
 def history_verb(words: list[str], flags: dict[str, Any]) -> int:
     """etcdinit history."""
     run = setting("run", flags)
-    names = words or sorted(name for name in os.listdir(f"{run}/{STATE_DIRECTORY}")) if os.path.isdir(
-        f"{run}/{STATE_DIRECTORY}") else words
+    states = f"{run}/{STATE_DIRECTORY}"
+    names = words if words or not os.path.isdir(states) else sorted(os.listdir(states))
     rows = sorted((row for name in names for row in bound_history(run, name)), key=lambda row: row["time"])
     if flags.get("json"):
         write_out(json.dumps(rows, indent=2) + "\n")
